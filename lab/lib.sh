@@ -10,6 +10,12 @@ tree=$cache/tree
 me=${0##*/}
 
 KERNEL=${KERNEL:-patched}
+DEBUG=${DEBUG:-yes}
+case $KERNEL:$DEBUG in
+patched:yes | stock:yes) flavour=$KERNEL ;;
+patched:no | stock:no) flavour=$KERNEL-nodebug ;;
+*) echo "lab: KERNEL is patched or stock, not '$KERNEL', and DEBUG yes or no, not '$DEBUG'" >&2; exit 1 ;;
+esac
 jobs_flag=-j${JOBS:-$(nproc)}
 
 sudo=
@@ -59,4 +65,22 @@ lock_build() {
 	exec 9>"$build/.lock"
 	flock -n 9 || { say "another build runs in $build, waiting for it"; flock 9; }
 	export GMEM_LOCKED=yes
+}
+
+# The state of the git tree DIR, its edits included, as one word that changes when it does.
+tree_state() {
+	{
+		git -C "$1" rev-parse HEAD
+		git -C "$1" diff HEAD
+		git -C "$1" ls-files -z --others --exclude-standard | (cd "$1" && xargs -0 -r sha1sum)
+	} | sha1sum | cut -d' ' -f1
+}
+
+# lay_out PROJECT DIR VERSION: a clone of the base in build/DIR
+lay_out() {
+	rm -rf "${build:?}/$2"
+	in_tree git clone -q --no-checkout "/gmem/src/$1-$3" "/gmem/build/$2"
+	in_tree git -C "/gmem/build/$2" config gc.auto 0
+	in_tree git -C "/gmem/build/$2" checkout -q --detach base
+	echo "$3" >"$build/$2/.git/gmem-base"
 }
