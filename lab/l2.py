@@ -35,21 +35,28 @@ class Failure(Exception):
     """L2 did not do what was expected of it."""
 
 
-def require_guest_memfd():
-    """Skip the test where a default VM has no guest_memfd that can be mapped."""
-    if ACCEL != "kvm":
-        return
+def skip(reason):
+    """End the test as one that this machine cannot run."""
+    print(f"1..0 # SKIP {reason}")
+    sys.exit(KSFT_SKIP)
+
+
+def guest_memfd_flags():
+    """The flags that KVM_CREATE_GUEST_MEMFD takes on a default VM."""
     try:
         with open("/dev/kvm", "rb") as kvm:
             vm = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
-            flags = fcntl.ioctl(vm, KVM_CHECK_EXTENSION, KVM_CAP_GUEST_MEMFD_FLAGS)
-            os.close(vm)
     except OSError as error:
-        print(f"1..0 # SKIP no VM: {error}")
-        sys.exit(KSFT_SKIP)
-    if not flags:
-        print("1..0 # SKIP this kernel has no guest_memfd for default VMs")
-        sys.exit(KSFT_SKIP)
+        skip(f"no VM: {error}")
+    flags = fcntl.ioctl(vm, KVM_CHECK_EXTENSION, KVM_CAP_GUEST_MEMFD_FLAGS)
+    os.close(vm)
+    return flags
+
+
+def require_guest_memfd():
+    """Skip the test where a default VM's memory cannot be on guest_memfd."""
+    if ACCEL == "kvm" and not guest_memfd_flags():
+        skip("this kernel has no guest_memfd for default VMs")
 
 
 def backend(name, size):
@@ -206,11 +213,25 @@ class L2:
         if status:
             self.fail(f"QEMU ended with status {status}")
 
+    def _connect(self, timeout=60):
+        deadline = time.monotonic() + timeout
+        while True:
+            connection = socket.socket(socket.AF_UNIX)
+            try:
+                connection.connect(self.monitor_path)
+                return connection
+            except OSError:
+                connection.close()
+            if self.qemu.poll() is not None:
+                self.fail(f"QEMU ended with status {self.qemu.returncode}")
+            if time.monotonic() > deadline:
+                self.fail("QEMU opened no monitor")
+            time.sleep(0.1)
+
     def qmp(self, command, **arguments):
         """Run a QMP command and return its result."""
         if not self.monitor:
-            connection = socket.socket(socket.AF_UNIX)
-            connection.connect(self.monitor_path)
+            connection = self._connect()
             self.monitor = connection.makefile("rw", encoding="utf-8")
             connection.close()
             self.monitor.readline()
