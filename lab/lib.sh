@@ -58,13 +58,11 @@ in_tree_root() {
 	"$repo/lab/enter" --root "$@"
 }
 
-# One build at a time in a checkout; a second one waits.
+# lock_build WHAT: one build of it at a time in a checkout; a second one waits.
 lock_build() {
-	[ -z "${GMEM_LOCKED-}" ] || return 0
 	mkdir -p "$build"
-	exec 9>"$build/.lock"
-	flock -n 9 || { say "another build runs in $build, waiting for it"; flock 9; }
-	export GMEM_LOCKED=yes
+	exec 9>"$build/.lock-$1"
+	flock -n 9 || { say "another build of $1 runs in $build, waiting for it"; flock 9; }
 }
 
 # The state of the git tree DIR, its edits included, as one word that changes when it does.
