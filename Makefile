@@ -1,43 +1,41 @@
-# Every entry point; the scripts in lab/ do the work and document their variables.
+# Every entry point; the scripts in lab/ do the work and document their variables at their top.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-export KERNEL KVER QVER KVM_PARAMS MEM CPUS CMD SHARE TIMEOUT TESTS SUITE KMAKE TIMEOUT_TEST
+MAKEFLAGS += --no-print-directory
 
-# Unset what the user did not set: "make shell" without CMD= is interactive.
-unexport_empty = $(foreach v,KERNEL KVER QVER KVM_PARAMS MEM CPUS CMD SHARE TIMEOUT TESTS SUITE KMAKE TIMEOUT_TEST,$(if $(filter undefined,$(origin $(v))),$(v)))
-ifneq ($(strip $(unexport_empty)),)
-unexport $(unexport_empty)
-endif
+# What the user set goes to the scripts as it was typed: a $ in CMD is the shell's, not make's.
+settings := KERNEL DEBUG KVER QVER KVM_PARAMS MEM CPUS CMD SHARE OUT ACCEL TIMEOUT SILENCE TESTS SUITE TEST_SECONDS JOBS
+$(foreach v,$(settings),$(if $(filter undefined,$(origin $(v))),,$(eval override $(v) := $$(value $(v)))$(eval export $(v))))
 
 .PHONY: help run check shell linux qemu selftests series prefixes export discard clean distclean
 
 help: ## this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r v t; do printf '  make %-10s %s\n' "$$v" "$$t"; done
+	@sed -nE 's/^([a-z]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r verb text; do printf '  make %-10s %s\n' "$$verb" "$$text"; done
 	@echo
-	@echo 'Variables: KERNEL=patched|stock, KVER= (version of linux-source-6.12), KVM_PARAMS=, MEM= (MiB), CPUS=, CMD=, SHARE=, TESTS=, SUITE=full'
-	@echo 'Caches: $${XDG_CACHE_HOME:-~/.cache}/gmem.  Build output and logs: build/.'
+	@echo 'Settings: KERNEL=patched|stock DEBUG=yes|no KVER= (of linux-source-6.12) QVER= KVM_PARAMS= MEM= CPUS= CMD= SHARE= TESTS= SUITE=full;'
+	@echo 'each is explained at the top of the script lab/VERB.  Output and logs: build/.  Caches: $${XDG_CACHE_HOME:-~/.cache}/gmem.'
 
 run: ## build everything, boot L1, run a Debian VM in it with all its RAM on guest_memfd, and show what maps it
 	@lab/run
-check: ## run the tests; TESTS='a b' picks some, SUITE=full runs all KVM selftests and compares them to the stock kernel
+check: ## run the tests; TESTS='a b' picks some, SUITE=full runs all KVM selftests and compares them with the stock kernel
 	@lab/check
-shell: ## a root shell in L1, or with CMD='...' that command; SHARE=DIR is shown at /share
-	@lab/shell
+shell: ## a root shell in L1, or that command with CMD='...'; SHARE=DIR is shown at /share
+	@lab/linux && lab/qemu && lab/shell
 linux: ## build L1's kernel: base plus series, KERNEL=stock without the series
 	@lab/linux
-qemu: ## build the patched QEMU
+qemu: ## build QEMU with the series
 	@lab/qemu
 selftests: ## build the KVM selftests
 	@lab/selftests
-series: ## the series as mail, with cover letters, for Linux and QEMU, in build/series/, checked by checkpatch
+series: ## the mailable form of both series, with cover letters, in build/series/, checked by checkpatch
 	@lab/mail
-prefixes: ## build each prefix of the Linux series with W=1
+prefixes: ## build each prefix of the Linux series, what it touches with W=1
 	@lab/prefixes
 export: ## write the commits of build/linux and build/qemu back to patches/ and the added files
 	@lab/export
 discard: ## drop commits and edits in build/linux and build/qemu that were not exported
 	@lab/discard
 clean: ## remove build output
-	@rm -rf build
-distclean: clean ## remove build output and caches
-	@rm -rf --one-file-system "$${XDG_CACHE_HOME:-$$HOME/.cache}/gmem/"{tree,src,ccache,l2}
+	@lab/clean
+distclean: ## remove build output and caches
+	@lab/clean --caches
