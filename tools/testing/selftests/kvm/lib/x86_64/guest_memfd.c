@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Look at guest_memfd memory from both sides: from the VMM, and from a guest
+ * that does what the test tells it to.
+ */
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include "guest_memfd.h"
+#include "processor.h"
+#include "test_util.h"
+
+static struct gmem_work gmem_works[GMEM_MAX_VCPUS];
+
+static bool gmem_do_word(uint64_t op, volatile uint64_t *word, uint64_t val,
+			 uint64_t *seen)
+{
+	switch (op) {
+	case GMEM_SET:
+		*word = val;
+		return true;
+	case GMEM_ADD:
+		asm volatile("lock addq %1, %0" : "+m" (*word) : "r" (val));
+		return true;
+	case GMEM_CHECK:
+		*seen = *word;
+		return *seen == val;
+	case GMEM_SET_CHECK:
+		*word = val;
+		*seen = *word;
+		return !*seen || !((*seen ^ val) / GMEM_TAG_STEP);
+	}
+	return false;
+}
+
+/* To be called by the guest, or by the test itself to do the same as the VMM. */
+void gmem_do_work(struct gmem_work *work)
+{
+	uint64_t i, seen = 0;
+
+	for (i = 0; i < work->nr; i++) {
+		if (!gmem_do_word(work->op,
+				  (void *)(work->gva + i * work->stride),
+				  work->val + i * work->step, &seen)) {
+			work->bad = seen;
+			work->failed = true;
+			return;
+		}
+		work->done++;
+	}
+}
+
+void gmem_guest_code(uint64_t vcpu_id)
+{
+	for (;;) {
+		gmem_do_work(&gmem_works[vcpu_id]);
+		GUEST_SYNC(0);
+	}
+}
+
+/* The work as seen by the guest, e.g. to find out how far it got. */
+struct gmem_work *gmem_vcpu_work(struct kvm_vcpu *vcpu)
+{
+	TEST_ASSERT(vcpu->id < GMEM_MAX_VCPUS, "Too many vCPUs");
+	return addr_gva2hva(vcpu->vm, (vm_vaddr_t)&gmem_works[vcpu->id]);
+}
+
+/*
+ * Have the vCPU, which must be in gmem_guest_code(), do the work.  Returns what
+ * KVM_RUN returned; if that's zero, the reason for the exit tells if the work
+ * is done, KVM_EXIT_IO, or not.
+ */
+int __gmem_vcpu_run(struct kvm_vcpu *vcpu, const struct gmem_work *work)
+{
+	struct gmem_work *guest_work = gmem_vcpu_work(vcpu);
+
+	*guest_work = *work;
+	guest_work->done = 0;
+	guest_work->bad = 0;
+	guest_work->failed = false;
+
+	return _vcpu_run(vcpu);
+}
+
+void gmem_vcpu_run(struct kvm_vcpu *vcpu, const struct gmem_work *work)
+{
+	struct gmem_work *guest_work = gmem_vcpu_work(vcpu);
+	struct ucall uc;
+	int r;
+
+	r = __gmem_vcpu_run(vcpu, work);
+	TEST_ASSERT(!r, "KVM_RUN failed, %s, exit reason %s, at word %lu of %lu",
+		    strerror(errno), exit_reason_str(vcpu->run->exit_reason),
+		    guest_work->done, work->nr);
+	TEST_ASSERT_KVM_EXIT_REASON(vcpu, KVM_EXIT_IO);
+	TEST_ASSERT_EQ(get_ucall(vcpu, &uc), UCALL_SYNC);
+	TEST_ASSERT(!guest_work->failed,
+		    "Guest sees 0x%lx in word %lu of %lu at 0x%lx, expected 0x%lx",
+		    guest_work->bad, guest_work->done, work->nr,
+		    work->gva + guest_work->done * work->stride,
+		    work->val + guest_work->done * work->step);
+}
+
+/*
+ * After an exit in the middle of the work, have the vCPU start over with @regs,
+ * i.e. those it had when it ran for the first time.
+ */
+void gmem_vcpu_reset(struct kvm_vcpu *vcpu, struct kvm_regs *regs)
+{
+	/* Whatever the exit was about must not be completed later. */
+	vcpu->run->immediate_exit = 1;
+	__vcpu_run(vcpu);
+	vcpu->run->immediate_exit = 0;
+
+	vcpu_regs_set(vcpu, regs);
+}
+
+void *gmem_mmap(int fd, size_t size, off_t offset)
+{
+	void *mem = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset);
+
+	TEST_ASSERT(mem != MAP_FAILED, __KVM_SYSCALL_ERROR("mmap()", -1));
+	return mem;
+}
+
+static __thread sigjmp_buf sigbus_jmp;
+static __thread bool sigbus_expected;
+
+static void sigbus_handler(int signal, siginfo_t *info, void *context)
+{
+	/* Back to the instruction, to die from it. */
+	if (!sigbus_expected) {
+		sigaction(SIGBUS, &(struct sigaction){ .sa_handler = SIG_DFL }, NULL);
+		return;
+	}
+
+	siglongjmp(sigbus_jmp, info->si_code);
+}
+
+static void install_sigbus_handler(void)
+{
+	struct sigaction action = {
+		.sa_sigaction = sigbus_handler,
+		.sa_flags = SA_SIGINFO,
+	};
+	int r = sigaction(SIGBUS, &action, NULL);
+
+	TEST_ASSERT(!r, __KVM_SYSCALL_ERROR("sigaction()", r));
+}
+
+/*
+ * Access a byte of @mem, without changing it.  Returns the si_code of the
+ * SIGBUS, or zero if there was none.
+ */
+int gmem_sigbus_code(void *mem, bool write)
+{
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+	volatile char *byte = mem;
+	int code;
+
+	pthread_once(&once, install_sigbus_handler);
+
+	code = sigsetjmp(sigbus_jmp, 1);
+	if (!code) {
+		sigbus_expected = true;
+		if (write)
+			asm volatile("lock orb $0, %0" : "+m" (*byte));
+		else
+			(void)*byte;
+	}
+	sigbus_expected = false;
+
+	return code;
+}
+
+/* The value of a line of the file's fdinfo. */
+uint64_t gmem_fdinfo(int fd, const char *key)
+{
+	char path[64], line[128];
+	uint64_t val = 0;
+	bool found = false;
+	FILE *file;
+
+	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", fd);
+	file = fopen(path, "r");
+	TEST_ASSERT(file, __KVM_SYSCALL_ERROR("fopen()", -1));
+
+	while (!found && fgets(line, sizeof(line), file)) {
+		char *sep = strstr(line, ":\t");
+
+		if (!sep)
+			continue;
+
+		*sep = 0;
+		if (!strcmp(line, key)) {
+			val = strtoull(sep + 2, NULL, 0);
+			found = true;
+		}
+	}
+	fclose(file);
+
+	TEST_ASSERT(found, "No line '%s' in %s", key, path);
+	return val;
+}

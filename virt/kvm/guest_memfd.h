@@ -1,0 +1,98 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+#ifndef __KVM_GUEST_MEMFD_H
+#define __KVM_GUEST_MEMFD_H
+
+#include <linux/fs.h>
+#include <linux/kvm_host.h>
+#include <linux/mempolicy.h>
+
+/*
+ * The private state of guest_memfd.  A guest_memfd is an inode, i.e. memory,
+ * and a file, i.e. one VM's view of that memory.  Nothing in here is visible
+ * outside of virt/kvm/guest_memfd*.c.
+ */
+
+/* One VM's view of the memory, a.k.a. file->private_data. */
+struct kvm_gmem {
+	struct kvm *kvm;
+	/* Interval tree of kvm_memory_slot.gmem.node, in units of pages. */
+	struct rb_root_cached bindings;
+	struct list_head entry;
+};
+
+/*
+ * The memory itself.
+ *
+ * Locking, outermost first:
+ *
+ *   kvm->slots_lock
+ *     mapping->invalidate_lock
+ *       folio lock
+ *         bindings_lock
+ *           kvm->mmu_lock
+ *
+ * invalidate_lock is held exclusive to take memory away and to change the
+ * bindings, shared to look up memory on behalf of a fault.  bindings_lock is
+ * for the one event that arrives with a folio locked, i.e. that cannot take
+ * invalidate_lock: a memory error.  Changing the bindings requires both locks,
+ * walking them requires either.
+ */
+struct kvm_gmem_inode {
+	/* GUEST_MEMFD_FLAG_*, immutable. */
+	u64 flags;
+	struct mutex bindings_lock;
+	/* Set by mbind(), obeyed by every allocation. */
+	struct shared_policy policy;
+
+	/* Back-off from allocating 1 GiB folios, in jiffies. */
+	unsigned long gigantic_retry;
+	unsigned int gigantic_failures;
+
+	/* The one folio that may be split, protected by invalidate_lock. */
+	struct folio *split_folio;
+	/* True once a page of a large folio was poisoned. */
+	bool has_poison;
+
+	struct inode vfs_inode;
+};
+
+static inline struct kvm_gmem_inode *GMEM_I(struct inode *inode)
+{
+	return container_of(inode, struct kvm_gmem_inode, vfs_inode);
+}
+
+/*
+ * True if all memory of the file is shared, i.e. may be accessed by userspace
+ * and KVM, false if all of it is private.
+ */
+static inline bool kvm_gmem_is_shared(struct inode *inode)
+{
+	return GMEM_I(inode)->flags & GUEST_MEMFD_FLAG_INIT_SHARED;
+}
+
+int kvm_gmem_mmap(struct file *file, struct vm_area_struct *vma);
+#ifdef CONFIG_NUMA
+struct mempolicy *kvm_gmem_get_mpol(struct inode *inode, pgoff_t index,
+				    pgoff_t *ilx);
+#else
+static inline struct mempolicy *kvm_gmem_get_mpol(struct inode *inode,
+						  pgoff_t index, pgoff_t *ilx)
+{
+	return NULL;
+}
+#endif
+
+void kvm_gmem_handle_poison(struct inode *inode, pgoff_t start, pgoff_t end);
+
+int kvm_gmem_max_order(struct inode *inode);
+int kvm_gmem_mapping_order(const struct kvm_memory_slot *slot, gfn_t gfn,
+			   struct folio *folio);
+bool kvm_gmem_is_poisoned(struct folio *folio, pgoff_t index);
+struct folio *kvm_gmem_get_folio(struct inode *inode, pgoff_t index, bool populate);
+int kvm_gmem_remove_range(struct inode *inode, pgoff_t start, pgoff_t end);
+bool kvm_gmem_release_folio(struct folio *folio, gfp_t gfp);
+void kvm_gmem_retain_poison(struct folio *folio);
+void kvm_gmem_evict_inode(struct inode *inode);
+void kvm_gmem_show_fdinfo(struct seq_file *m, struct file *file);
+
+#endif /* __KVM_GUEST_MEMFD_H */
