@@ -40,6 +40,7 @@ struct kvm_gmem {
 struct kvm_gmem_inode {
 	/* GUEST_MEMFD_FLAG_*, immutable. */
 	u64 flags;
+	/* See above, nests inside the folio lock. */
 	struct mutex bindings_lock;
 	/* Set by mbind(), obeyed by every allocation. */
 	struct shared_policy policy;

@@ -22,10 +22,10 @@ TRACE_EVENT(guest_memfd_allocate,
 	TP_ARGS(inode, index, asked, got),
 
 	TP_STRUCT__entry(
-		__field(unsigned long,	ino	)
+		__field(unsigned long, ino)
 		__field(pgoff_t,	index	)
-		__field(int,		asked	)
-		__field(int,		got	)
+		__field(int, asked)
+		__field(int, got)
 	),
 
 	TP_fast_assign(
@@ -45,10 +45,10 @@ TRACE_EVENT(guest_memfd_split,
 	TP_ARGS(inode, index, order, ret),
 
 	TP_STRUCT__entry(
-		__field(unsigned long,	ino	)
+		__field(unsigned long, ino)
 		__field(pgoff_t,	index	)
-		__field(int,		order	)
-		__field(int,		ret	)
+		__field(int, order)
+		__field(int, ret)
 	),
 
 	TP_fast_assign(
@@ -68,7 +68,7 @@ TRACE_EVENT(guest_memfd_invalidate,
 	TP_ARGS(inode, start, end),
 
 	TP_STRUCT__entry(
-		__field(unsigned long,	ino	)
+		__field(unsigned long, ino)
 		__field(pgoff_t,	start	)
 		__field(pgoff_t,	end	)
 	),
