@@ -23,7 +23,7 @@ TRACE_EVENT(guest_memfd_allocate,
 
 	TP_STRUCT__entry(
 		__field(unsigned long, ino)
-		__field(pgoff_t,	index	)
+		__field(pgoff_t, index)
 		__field(int, asked)
 		__field(int, got)
 	),
@@ -46,7 +46,7 @@ TRACE_EVENT(guest_memfd_split,
 
 	TP_STRUCT__entry(
 		__field(unsigned long, ino)
-		__field(pgoff_t,	index	)
+		__field(pgoff_t, index)
 		__field(int, order)
 		__field(int, ret)
 	),
@@ -69,8 +69,8 @@ TRACE_EVENT(guest_memfd_invalidate,
 
 	TP_STRUCT__entry(
 		__field(unsigned long, ino)
-		__field(pgoff_t,	start	)
-		__field(pgoff_t,	end	)
+		__field(pgoff_t, start)
+		__field(pgoff_t, end)
 	),
 
 	TP_fast_assign(
