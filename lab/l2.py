@@ -15,8 +15,8 @@ import time
 IMAGE = os.environ.get("GMEM_L2", "/lab/l2")
 QEMU = os.environ.get("QEMU", "qemu-system-x86_64")
 ACCEL = os.environ.get("L2_ACCEL", "kvm")
-# The options that put a memory-backend-memfd on guest_memfd.
-GUEST_MEMFD = os.environ.get("L2_BACKEND", "guest-memfd=on")
+# Options of the memory-backend-memfd that L2's RAM is in.  Default: a guest_memfd of 2 MiB folios if KVM has those.
+BACKEND = os.environ.get("L2_BACKEND", "")
 
 # What makes Linux start faster on emulated CPUs: no search for an AGP aperture in 8192 PCI functions, no mitigations.
 BOOT = ("console=ttyS0 quiet panic=-1 reboot=t nokaslr mitigations=off tsc=reliable no_timer_check "
@@ -27,6 +27,7 @@ GIB = 1 << 30
 MEM_LOG_DIRTY_PAGES, MEM_READONLY, MEM_GUEST_MEMFD = 1, 2, 4
 
 
+GUEST_MEMFD_FLAG_HUGE_2M = 1 << 16
 KVM_CREATE_VM, KVM_CHECK_EXTENSION, KVM_CAP_GUEST_MEMFD_FLAGS = 0xae01, 0xae03, 244
 KSFT_SKIP = 4
 
@@ -59,14 +60,21 @@ def require_guest_memfd():
         skip("this kernel has no guest_memfd for default VMs")
 
 
-def backend(name, size):
+def backend_options():
+    """What follows memory-backend-memfd,id=,size= to put a backend on guest_memfd."""
+    if BACKEND:
+        return BACKEND
+    return "guest-memfd=on,hugetlb=on" if guest_memfd_flags() & GUEST_MEMFD_FLAG_HUGE_2M else "guest-memfd=on"
+
+
+def backend(name, size, options=None):
     """The -object argument of a backend; `size` as QEMU writes it, such as 1G."""
-    return f"memory-backend-memfd,id={name},size={size},{GUEST_MEMFD}"
+    return f"memory-backend-memfd,id={name},size={size},{options or backend_options()}"
 
 
-def machine(kind, size):
+def machine(kind, size, options=None):
     """Arguments for a machine that has all its RAM in one backend."""
-    return ["-machine", f"{kind},memory-backend=m", "-object", backend("m", size), "-m", size]
+    return ["-machine", f"{kind},memory-backend=m", "-object", backend("m", size, options), "-m", size]
 
 
 def size_text(size):
@@ -239,13 +247,16 @@ class L2:
         json.dump({"execute": command, "arguments": arguments}, self.monitor)
         self.monitor.write("\n")
         self.monitor.flush()
-        for line in self.monitor:
-            answer = json.loads(line)
-            if "return" in answer:
-                return answer["return"]
-            if "error" in answer:
-                raise Failure(f"{command}: {answer['error']['desc']}")
-        return self.fail(f"QEMU's monitor closed at {command}")
+        try:
+            for line in self.monitor:
+                answer = json.loads(line)
+                if "return" in answer:
+                    return answer["return"]
+                if "error" in answer:
+                    raise Failure(f"{command}: {answer['error']['desc']}")
+        except ConnectionError:
+            pass
+        return self.fail(f"QEMU closed its monitor at {command}")
 
     def slots(self):
         """The live memslots."""
