@@ -130,7 +130,7 @@ static struct folio *kvm_gmem_alloc_gigantic(gfp_t gfp, int order,
 	if (!mpol)
 		mpol = current->mempolicy;
 	if (!mpol || mpol->mode == MPOL_LOCAL)
-		return folio_alloc_gigantic(gfp, order, nid, &allowed);
+		return folio_alloc_gigantic(order, gfp, nid, &allowed);
 
 	nodes_and(nodes, mpol->nodes, allowed);
 	if (nodes_empty(nodes))
@@ -142,13 +142,13 @@ static struct folio *kvm_gmem_alloc_gigantic(gfp_t gfp, int order,
 	case MPOL_INTERLEAVE:
 	case MPOL_WEIGHTED_INTERLEAVE:
 		nid = kvm_gmem_interleave_nid(&nodes, ilx);
-		return folio_alloc_gigantic(gfp, order, nid, &allowed);
+		return folio_alloc_gigantic(order, gfp, nid, &allowed);
 	case MPOL_BIND:
-		return folio_alloc_gigantic(gfp, order, nid, &nodes);
+		return folio_alloc_gigantic(order, gfp, nid, &nodes);
 	default:
-		folio = folio_alloc_gigantic(gfp, order, nid, &nodes);
+		folio = folio_alloc_gigantic(order, gfp, nid, &nodes);
 		if (!folio)
-			folio = folio_alloc_gigantic(gfp, order, nid, &allowed);
+			folio = folio_alloc_gigantic(order, gfp, nid, &allowed);
 		return folio;
 	}
 }
@@ -156,7 +156,7 @@ static struct folio *kvm_gmem_alloc_gigantic(gfp_t gfp, int order,
 static struct folio *kvm_gmem_alloc_gigantic(gfp_t gfp, int order,
 					     struct mempolicy *mpol, pgoff_t ilx)
 {
-	return folio_alloc_gigantic(gfp, order, numa_node_id(), NULL);
+	return folio_alloc_gigantic(order, gfp, numa_node_id(), NULL);
 }
 #endif /* CONFIG_NUMA */
 #else
