@@ -76,7 +76,7 @@ def share(name, path, readonly=True):
 
 def arguments(options, work, pipes):
     root = "root=root rootfstype=9p rootflags=trans=virtio,version=9p2000.L,msize=524288,cache=loose ro"
-    args = ["qemu-system-x86_64", "-machine", "q35", *accelerator(options.accel),
+    args = ["/gmem/repo/lab/bin/qemu-system-x86_64", "-machine", "q35", *accelerator(options.accel),
             "-m", f"{options.memory // 2 * 2}M", *nodes(options.memory, options.cpus),
             "-nodefaults", "-display", "none", "-no-reboot", "-serial", f"file:{work}/console",
             "-kernel", f"{BUILD}/{options.flavour}/bzImage",

@@ -242,12 +242,11 @@ class L2:
             connection = self._connect()
             self.monitor = connection.makefile("rw", encoding="utf-8")
             connection.close()
-            self.monitor.readline()
             self.qmp("qmp_capabilities")
-        json.dump({"execute": command, "arguments": arguments}, self.monitor)
-        self.monitor.write("\n")
-        self.monitor.flush()
         try:
+            json.dump({"execute": command, "arguments": arguments}, self.monitor)
+            self.monitor.write("\n")
+            self.monitor.flush()
             for line in self.monitor:
                 answer = json.loads(line)
                 if "return" in answer:
