@@ -4,10 +4,10 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 # What the user set goes to the scripts as it was typed: a $ in CMD is the shell's, not make's.
-settings := KERNEL DEBUG KVER QVER KVM_PARAMS MEM CPUS CMD SHARE OUT ACCEL TIMEOUT SILENCE TESTS SUITE TEST_SECONDS JOBS
+settings := KERNEL DEBUG KVER QVER KVM_PARAMS MEM CPUS CMD SHARE OUT ACCEL TIMEOUT SILENCE TESTS SUITE TEST_SECONDS ROUNDS JOBS
 $(foreach v,$(settings),$(if $(filter undefined,$(origin $(v))),,$(eval override $(v) := $$(value $(v)))$(eval export $(v))))
 
-.PHONY: help run check shell linux qemu selftests series prefixes export discard clean distclean
+.PHONY: help run check shell linux qemu selftests bench series prefixes export discard clean distclean
 
 help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r verb text; do printf '  make %-10s %s\n' "$$verb" "$$text"; done
@@ -27,6 +27,8 @@ qemu: ## build QEMU with the series
 	@lab/qemu
 selftests: ## build the KVM selftests
 	@lab/selftests
+bench: ## time a guest's first touch of memory by what backs it, on a kernel without lockdep
+	@lab/bench
 series: ## the mailable form of both series, with cover letters, in build/series/, checked by checkpatch
 	@lab/mail
 prefixes: ## build each prefix of the Linux series, what it touches with W=1
