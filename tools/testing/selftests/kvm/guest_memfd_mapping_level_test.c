@@ -39,6 +39,8 @@
 /* Where the guest finds memory if the test wants more than that of it. */
 #define WINDOW_SIZE	(4ULL << 30)
 
+#define GMEM_SHARED	(GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)
+
 /* KVM prefetches within aligned groups of this many pages. */
 #define PREFETCH_NPAGES	8
 
@@ -659,10 +661,745 @@ static void test_sw_protected_vm(enum view view)
 	free_machine(&machine);
 }
 
+/*
+ * Huge pages
+ *
+ * A guest can map the file as big as the file's folios are, as far as gfns and
+ * file offsets are congruent and the memslot covers the whole block.  That is
+ * all, userspace_addr makes no difference, and neither does who was the first to
+ * touch the memory.
+ */
+
+#define GMEM_HUGE	(GUEST_MEMFD_FLAG_HUGE_2M | GUEST_MEMFD_FLAG_HUGE_1G)
+
+static const uint64_t level_npages[] = {
+	[PG_LEVEL_4K] = 1,
+	[PG_LEVEL_2M] = SZ_2M / PAGE_SIZE,
+	[PG_LEVEL_1G] = SZ_1G / PAGE_SIZE,
+};
+
+enum huge_view {
+	HUGE_NO_ADDRESS,
+	/* The file, with address and gfn congruent modulo 1 GiB. */
+	HUGE_CONGRUENT,
+	HUGE_4K_OFF,
+	HUGE_SMALL_PAGES,
+	HUGE_OTHER,
+	NR_HUGE_VIEWS,
+};
+
+static const char * const huge_view_names[] = { "0", "congruent", "4K off", "4K pages", "other" };
+
+/* Where the file is in guest memory, i.e. what gfn and offset differ by. */
+enum congruence { MOD_1G, MOD_2M, MOD_4K, NR_CONGRUENCES };
+
+static const char * const congruence_names[] = { "1G", "2M", "4K" };
+static const uint64_t congruence_delta[] = { 0, 3 * SZ_2M, 3 * PAGE_SIZE };
+
+enum shape { COVERS, CUTS_START, CUTS_END, TWO_SLOTS, NR_SHAPES };
+
+static const char * const shape_names[] = { "covers", "cuts start", "cuts end", "two slots" };
+
+enum toucher {
+	BY_GUEST,
+	BY_VMM,
+	BY_FALLOCATE,
+	BY_PRE_FAULT,
+	NR_TOUCHERS,
+	/* All but what earlier cases have left out is there. */
+	BY_EARLIER_CASE = NR_TOUCHERS,
+};
+
+static const char * const toucher_names[] = {
+	"guest", "VMM", "fallocate", "pre-fault", "earlier case",
+};
+
+struct huge_case {
+	enum huge_view view;
+	enum congruence congruence;
+	enum shape shape;
+	enum toucher toucher;
+};
+
+/* Pages of the file. */
+struct range {
+	uint64_t first;
+	uint64_t nr;
+};
+
+#define MAX_RANGES	128
+
+struct huge_machine {
+	struct kvm_vm *vm;
+	struct kvm_vcpu *vcpu;
+	uint64_t flags;
+	enum guest guest;
+	int fd;
+	uint64_t npages;
+	/* The VMM's own mapping. */
+	void *mem;
+	/* What the file should hold, by page, 0 for holes. */
+	uint8_t *level;
+	/* Makes a difference between what's written in each case. */
+	uint64_t serial;
+
+	struct range slots[2];
+	int nr_slots;
+	/* What is touched, each range in one go. */
+	struct range ranges[MAX_RANGES];
+	int nr_ranges;
+};
+
+static int guest_max_level(void)
+{
+	return kvm_cpu_has(X86_FEATURE_GBPAGES) ? PG_LEVEL_1G : PG_LEVEL_2M;
+}
+
+static void create_huge_machine(struct huge_machine *m, uint64_t flags, uint64_t npages,
+				enum guest guest)
+{
+	const int level = guest_max_level();
+
+	memset(m, 0, sizeof(*m));
+	m->flags = flags;
+	m->guest = guest;
+	m->npages = npages;
+	m->vm = __vm_create_shape_with_one_vcpu(VM_SHAPE_DEFAULT, &m->vcpu, 4 * TEST_NPAGES,
+						gmem_guest_code);
+	vcpu_args_set(m->vcpu, 1, 0ul);
+
+	/* Deleting a memslot is to zap that memslot's SPTEs only. */
+	vm_enable_cap(m->vm, KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL);
+
+	map_in_guest(m->vm, WINDOW_SIZE, level);
+	if (guest != L1)
+		setup_l2(m->vcpu, guest == L2_NESTED_PAGING, WINDOW_SIZE, level);
+
+	m->fd = vm_create_guest_memfd(m->vm, npages * PAGE_SIZE, flags);
+	m->mem = gmem_mmap(m->fd, npages * PAGE_SIZE, 0);
+	m->level = calloc(npages, sizeof(*m->level));
+	TEST_ASSERT(m->level, "No memory for %lu pages", npages);
+}
+
+static void free_huge_machine(struct huge_machine *m)
+{
+	kvm_vm_free(m->vm);
+	munmap(m->mem, m->npages * PAGE_SIZE);
+	close(m->fd);
+	free(m->level);
+}
+
+/*
+ * The rule for folios: the biggest permitted size whose naturally aligned block
+ * is inside of the file and empty.
+ */
+static bool folio_fits(struct huge_machine *m, uint64_t page, int level)
+{
+	const uint64_t nr = level_npages[level], first = align_down(page, nr);
+
+	if (level == PG_LEVEL_1G && !(m->flags & GUEST_MEMFD_FLAG_HUGE_1G))
+		return false;
+	if (level == PG_LEVEL_2M && !(m->flags & GUEST_MEMFD_FLAG_HUGE_2M))
+		return false;
+	if (first + nr > m->npages)
+		return false;
+
+	for (uint64_t i = first; i < first + nr; i++) {
+		if (m->level[i])
+			return false;
+	}
+	return true;
+}
+
+static void model_touch(struct huge_machine *m)
+{
+	for (int i = 0; i < m->nr_ranges; i++) {
+		for (uint64_t page = m->ranges[i].first;
+		     page < m->ranges[i].first + m->ranges[i].nr; page++) {
+			int level = PG_LEVEL_1G;
+
+			if (m->level[page])
+				continue;
+
+			while (!folio_fits(m, page, level))
+				level--;
+			memset(&m->level[align_down(page, level_npages[level])], level,
+			       level_npages[level]);
+		}
+	}
+}
+
+/* Does the file hold what it should?  Only 1 GiB may fail, there's but so much. */
+static bool check_folios(struct huge_machine *m)
+{
+	uint64_t bytes[PG_LEVEL_NUM] = {}, got_1g = gmem_fdinfo(m->fd, "gmem_1g");
+
+	for (uint64_t i = 0; i < m->npages; i++)
+		bytes[m->level[i]] += PAGE_SIZE;
+
+	if (got_1g < bytes[PG_LEVEL_1G])
+		return false;
+
+	TEST_ASSERT_EQ(got_1g, bytes[PG_LEVEL_1G]);
+	TEST_ASSERT_EQ(gmem_fdinfo(m->fd, "gmem_2m"), bytes[PG_LEVEL_2M]);
+	TEST_ASSERT_EQ(gmem_fdinfo(m->fd, "gmem_4k"), bytes[PG_LEVEL_4K]);
+	return true;
+}
+
+/*
+ * The rule for mappings: as big as the folio, as far as the naturally aligned
+ * block around the gfn is aligned in the file, too, and inside of the memslot.
+ */
+static int mapping_level(struct huge_machine *m, const struct range *slot,
+			 uint64_t delta, uint64_t page)
+{
+	int level;
+
+	for (level = m->level[page]; level > PG_LEVEL_4K; level--) {
+		const uint64_t nr = level_npages[level];
+
+		if (delta / PAGE_SIZE % nr)
+			continue;
+		if (align_down(page, nr) >= slot->first &&
+		    align_down(page, nr) + nr <= slot->first + slot->nr)
+			break;
+	}
+	return level;
+}
+
+static struct sptes expected_sptes(struct huge_machine *m, uint64_t delta)
+{
+	uint64_t nr[PG_LEVEL_NUM] = {}, last[PG_LEVEL_NUM];
+
+	memset(last, 0xff, sizeof(last));
+	for (int i = 0; i < m->nr_ranges; i++) {
+		for (uint64_t page = m->ranges[i].first;
+		     page < m->ranges[i].first + m->ranges[i].nr; page++) {
+			const struct range *slot = &m->slots[0];
+			int level;
+
+			if (page >= slot->first + slot->nr)
+				slot++;
+			level = mapping_level(m, slot, delta, page);
+			if (page / level_npages[level] != last[level])
+				nr[level]++;
+			last[level] = page / level_npages[level];
+		}
+	}
+
+	return (struct sptes) {
+		.nr_4k = nr[PG_LEVEL_4K],
+		.nr_2m = nr[PG_LEVEL_2M],
+		.nr_1g = nr[PG_LEVEL_1G],
+	};
+}
+
+static void shape_slots(struct huge_machine *m, enum shape shape)
+{
+	/* Somewhere in the middle of a folio. */
+	const uint64_t cut = align_down(m->npages / 2, level_npages[PG_LEVEL_2M]) + 20;
+
+	m->nr_slots = 1;
+	switch (shape) {
+	case COVERS:
+		m->slots[0] = (struct range){ 0, m->npages };
+		break;
+	case CUTS_START:
+		m->slots[0] = (struct range){ 5, m->npages - 5 };
+		break;
+	case CUTS_END:
+		/* The last pages, which are no more than a tail, and 5 more. */
+		m->slots[0] = (struct range){ 0, align_down(m->npages, TEST_NPAGES) - 5 };
+		break;
+	default:
+		m->slots[0] = (struct range){ 0, cut };
+		m->slots[1] = (struct range){ cut, m->npages - cut };
+		m->nr_slots = 2;
+		break;
+	}
+}
+
+static void add_range(struct huge_machine *m, uint64_t first, uint64_t end)
+{
+	struct range *last = &m->ranges[m->nr_ranges - 1];
+
+	if (m->nr_ranges && first < last->first + last->nr)
+		first = last->first + last->nr;
+	if (first >= end)
+		return;
+
+	TEST_ASSERT(m->nr_ranges < MAX_RANGES, "Too many ranges");
+	m->ranges[m->nr_ranges++] = (struct range){ first, end - first };
+}
+
+/*
+ * Touch all of a small file, and samples of a big one, in whole groups of what
+ * may be prefetched together.  Groups are aligned in guest memory.
+ */
+static void choose_ranges(struct huge_machine *m, uint64_t delta)
+{
+	const uint64_t nr = PREFETCH_NPAGES, shift = delta / PAGE_SIZE % nr;
+
+	m->nr_ranges = 0;
+	for (int i = 0; i < m->nr_slots; i++) {
+		const uint64_t first = m->slots[i].first, end = first + m->slots[i].nr;
+		uint64_t step = max(align_down(m->slots[i].nr / 40, nr), nr);
+		uint64_t page, group;
+
+		if (m->npages <= 8 * TEST_NPAGES) {
+			add_range(m, first, end);
+			continue;
+		}
+
+		for (page = first; page < end; page += step) {
+			group = align_down(page + shift, nr);
+			add_range(m, group > first + shift ? group - shift : first,
+				  min(group + nr - shift, end));
+		}
+		group = align_down(end - 1 + shift, nr);
+		add_range(m, max(group - shift, first), end);
+	}
+}
+
+static void guest_does_huge(struct huge_machine *m, uint64_t delta, enum gmem_op op,
+			    uint64_t val, uint64_t step)
+{
+	for (int i = 0; i < m->nr_ranges; i++) {
+		const struct range *range = &m->ranges[i];
+		struct gmem_work work = {
+			.op = op,
+			.gva = TEST_GPA + delta + range->first * PAGE_SIZE,
+			.nr = range->nr,
+			.stride = PAGE_SIZE,
+			.val = val + range->first * step,
+			.step = step,
+		};
+
+		gmem_vcpu_run(m->vcpu, &work);
+	}
+}
+
+static void vmm_does_huge(struct huge_machine *m, void *mem, enum gmem_op op,
+			  uint64_t val, uint64_t step)
+{
+	for (int i = 0; i < m->nr_ranges; i++) {
+		const struct range *range = &m->ranges[i];
+		struct gmem_work work = {
+			.op = op,
+			.gva = (uint64_t)mem + range->first * PAGE_SIZE,
+			.nr = range->nr,
+			.stride = PAGE_SIZE,
+			.val = val + range->first * step,
+			.step = step,
+		};
+
+		gmem_do_work(&work);
+		TEST_ASSERT(!work.failed, "VMM sees 0x%lx in page %lu, expected 0x%lx",
+			    work.bad, range->first + work.done,
+			    work.val + work.done * step);
+	}
+}
+
+static void pre_fault_huge(struct huge_machine *m, uint64_t delta)
+{
+	for (int i = 0; i < m->nr_ranges; i++) {
+		struct kvm_pre_fault_memory range = {
+			.gpa = TEST_GPA + delta + m->ranges[i].first * PAGE_SIZE,
+			.size = m->ranges[i].nr * PAGE_SIZE,
+		};
+		int ret;
+
+		do {
+			ret = __vcpu_ioctl(m->vcpu, KVM_PRE_FAULT_MEMORY, &range);
+		} while (range.size && (!ret || errno == EINTR));
+		TEST_ASSERT(!ret && !range.size, KVM_IOCTL_ERROR(KVM_PRE_FAULT_MEMORY, ret));
+	}
+}
+
+static void touch_huge(struct huge_machine *m, enum toucher toucher, uint64_t delta)
+{
+	int ret;
+
+	switch (toucher) {
+	case BY_GUEST:
+	case BY_EARLIER_CASE:
+		guest_does_huge(m, delta, GMEM_ADD, 0, 0);
+		break;
+	case BY_VMM:
+		vmm_does_huge(m, m->mem, GMEM_ADD, 0, 0);
+		break;
+	case BY_FALLOCATE:
+		for (int i = 0; i < m->nr_ranges; i++) {
+			ret = fallocate(m->fd, FALLOC_FL_KEEP_SIZE,
+					m->ranges[i].first * PAGE_SIZE,
+					m->ranges[i].nr * PAGE_SIZE);
+			TEST_ASSERT(!ret, __KVM_SYSCALL_ERROR("fallocate()", ret));
+		}
+		break;
+	case BY_PRE_FAULT:
+		pre_fault_huge(m, delta);
+		break;
+	default:
+		break;
+	}
+}
+
+static void punch_huge(struct huge_machine *m)
+{
+	int ret = fallocate(m->fd, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE,
+			    0, m->npages * PAGE_SIZE);
+
+	TEST_ASSERT(!ret, __KVM_SYSCALL_ERROR("fallocate()", ret));
+	memset(m->level, 0, m->npages);
+	TEST_ASSERT(check_folios(m), "The file should be empty");
+}
+
+/* Returns the address that would be of the file's first page. */
+static void *map_huge_view(struct huge_machine *m, const struct huge_case *c,
+			   void **reserved, size_t *reserved_size)
+{
+	const size_t size = m->npages * PAGE_SIZE;
+	const uint64_t delta = congruence_delta[c->congruence];
+	const bool other = c->view == HUGE_OTHER;
+	void *mem;
+
+	if (c->view == HUGE_NO_ADDRESS)
+		return NULL;
+
+	*reserved_size = size + 2UL * SZ_1G;
+	*reserved = mmap(NULL, *reserved_size, PROT_NONE,
+			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	TEST_ASSERT(*reserved != MAP_FAILED, __KVM_SYSCALL_ERROR("mmap()", -1));
+
+	mem = align_ptr_up(*reserved, SZ_1G) + delta;
+	if (c->view == HUGE_4K_OFF)
+		mem += PAGE_SIZE;
+	mem = mmap(mem, size, PROT_READ | PROT_WRITE,
+		   MAP_FIXED | MAP_NORESERVE |
+		   (other ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED),
+		   other ? -1 : m->fd, 0);
+	TEST_ASSERT(mem != MAP_FAILED, __KVM_SYSCALL_ERROR("mmap()", -1));
+
+	/* Big pages in the other object are the more dangerous ones. */
+	madvise(mem, size, c->view == HUGE_SMALL_PAGES || size > SZ_1G ?
+			   MADV_NOHUGEPAGE : MADV_HUGEPAGE);
+	if (other)
+		vmm_does_huge(m, mem, GMEM_SET, OTHER_TAG << 48, 1);
+	return mem;
+}
+
+/* Count what deleting the memslots zaps, i.e. what they had mapped. */
+static struct sptes delete_slots(struct kvm_vm *vm, int nr_slots)
+{
+	struct sptes sptes = count_all_sptes(vm), left;
+
+	for (int i = 0; i < nr_slots; i++)
+		vm_set_user_memory_region2(vm, TEST_SLOT + i, 0, 0, 0, NULL, 0, 0);
+
+	left = count_all_sptes(vm);
+	sptes.nr_4k -= left.nr_4k;
+	sptes.nr_2m -= left.nr_2m;
+	sptes.nr_1g -= left.nr_1g;
+	return sptes;
+}
+
+/* Returns false if there's not enough contiguous memory. */
+static bool test_huge_case(struct huge_machine *m, const struct huge_case *c)
+{
+	const uint64_t delta = congruence_delta[c->congruence];
+	struct sptes expected, sptes;
+	void *reserved = NULL, *view;
+	size_t reserved_size = 0;
+	bool enough;
+
+	shape_slots(m, c->shape);
+	choose_ranges(m, delta);
+	if (c->toucher != BY_EARLIER_CASE)
+		punch_huge(m);
+
+	view = map_huge_view(m, c, &reserved, &reserved_size);
+	for (int i = 0; i < m->nr_slots; i++)
+		vm_set_user_memory_region2(m->vm, TEST_SLOT + i, KVM_MEM_GUEST_MEMFD,
+					   TEST_GPA + delta + m->slots[i].first * PAGE_SIZE,
+					   m->slots[i].nr * PAGE_SIZE,
+					   view ? view + m->slots[i].first * PAGE_SIZE : NULL,
+					   m->fd, m->slots[i].first * PAGE_SIZE);
+
+	touch_huge(m, c->toucher, delta);
+	model_touch(m);
+	enough = check_folios(m);
+	if (!enough)
+		goto out;
+
+	if (c->view == HUGE_SMALL_PAGES)
+		vmm_does_huge(m, view, GMEM_ADD, 0, 0);
+
+	if (c->toucher != BY_EARLIER_CASE) {
+		vmm_does_huge(m, m->mem, GMEM_CHECK, 0, 0);
+		guest_does_huge(m, delta, GMEM_CHECK, 0, 0);
+	}
+
+	/* Both sides write, both sides check. */
+	m->serial += 2;
+	guest_does_huge(m, delta, GMEM_SET, gmem_tag(0) + m->serial, GMEM_TAG_STEP);
+	vmm_does_huge(m, m->mem, GMEM_CHECK, gmem_tag(0) + m->serial, GMEM_TAG_STEP);
+	vmm_does_huge(m, m->mem, GMEM_SET, gmem_tag(0) + m->serial + 1, GMEM_TAG_STEP);
+	guest_does_huge(m, delta, GMEM_CHECK, gmem_tag(0) + m->serial + 1, GMEM_TAG_STEP);
+	if (c->view == HUGE_OTHER)
+		vmm_does_huge(m, view, GMEM_CHECK, OTHER_TAG << 48, 1);
+	assert_host_not_asked();
+	TEST_ASSERT(check_folios(m), "The file should not have changed");
+
+	expected = expected_sptes(m, delta);
+	sptes = delete_slots(m->vm, m->nr_slots);
+	TEST_ASSERT(sptes.nr_4k == expected.nr_4k && sptes.nr_2m == expected.nr_2m &&
+		    sptes.nr_1g == expected.nr_1g,
+		    "SPTEs: %lu of 4K, %lu of 2M, %lu of 1G, expected %lu, %lu, %lu\n"
+		    "  flags 0x%lx, %lu pages, congruent modulo %s, memslot %s, userspace_addr %s, touched by %s, %s",
+		    sptes.nr_4k, sptes.nr_2m, sptes.nr_1g, expected.nr_4k, expected.nr_2m,
+		    expected.nr_1g, m->flags, m->npages, congruence_names[c->congruence],
+		    shape_names[c->shape], huge_view_names[c->view],
+		    toucher_names[c->toucher], guest_names[m->guest]);
+out:
+	if (!enough)
+		delete_slots(m->vm, m->nr_slots);
+	if (reserved)
+		munmap(reserved, reserved_size);
+	return enough;
+}
+
+/*
+ * Everything with everything, or, to save time, with what differs most: where the
+ * memory comes from has nothing to do with who maps it.
+ */
+static void test_huge_matrix(uint64_t flags, enum guest guest, bool full)
+{
+	struct huge_machine m;
+	struct huge_case c;
+
+	pr_info("%s, flags 0x%lx: 4 MiB\n", guest_names[guest], flags);
+
+	/* Two folios of 2 MiB and a bit. */
+	create_huge_machine(&m, flags, 2 * TEST_NPAGES + 3, guest);
+
+	for (c.congruence = 0; c.congruence < NR_CONGRUENCES; c.congruence++) {
+		for (c.shape = 0; c.shape < NR_SHAPES; c.shape++) {
+			for (c.view = 0; c.view < NR_HUGE_VIEWS; c.view++) {
+				if (!full && c.view != HUGE_NO_ADDRESS && c.view != HUGE_OTHER)
+					continue;
+
+				for (c.toucher = 0; c.toucher < NR_TOUCHERS; c.toucher++) {
+					if (!full && c.toucher != BY_GUEST)
+						continue;
+					if (c.toucher == BY_PRE_FAULT &&
+					    !kvm_check_cap(KVM_CAP_PRE_FAULT_MEMORY))
+						continue;
+					test_huge_case(&m, &c);
+				}
+			}
+		}
+	}
+
+	free_huge_machine(&m);
+}
+
+/*
+ * Folios of 1 GiB take their time to be zeroed.  Get them in every way once, and
+ * use the last one for everything else.
+ */
+static void test_gigantic_matrix(uint64_t flags)
+{
+	const bool pre_fault = kvm_check_cap(KVM_CAP_PRE_FAULT_MEMORY);
+	struct huge_machine m;
+	struct huge_case c = {};
+
+	pr_info("L1, flags 0x%lx: 1 GiB\n", flags);
+
+	create_huge_machine(&m, flags, SZ_1G / PAGE_SIZE + 2 * TEST_NPAGES + 3, L1);
+
+	for (c.toucher = 0; c.toucher < NR_TOUCHERS; c.toucher++) {
+		if (c.toucher == BY_PRE_FAULT && !pre_fault)
+			continue;
+		if (!test_huge_case(&m, &c)) {
+			pr_info("Not enough contiguous memory, not testing 1 GiB\n");
+			goto out;
+		}
+	}
+
+	c.toucher = BY_EARLIER_CASE;
+	for (c.congruence = 0; c.congruence < NR_CONGRUENCES; c.congruence++) {
+		for (c.shape = 0; c.shape < NR_SHAPES; c.shape++) {
+			for (c.view = 0; c.view < NR_HUGE_VIEWS; c.view++)
+				test_huge_case(&m, &c);
+		}
+	}
+out:
+	free_huge_machine(&m);
+}
+
+/* 32 SPTEs of 2 MiB and none of 4 KiB, for whatever userspace_addr. */
+static void test_64m(void)
+{
+	const uint64_t size = SZ_64M, npages = size / PAGE_SIZE;
+	uint64_t addrs[] = { 0, 0x1000, 0x7f1234567000 };
+	struct huge_machine m;
+	struct sptes sptes;
+
+	create_huge_machine(&m, GMEM_SHARED | GUEST_MEMFD_FLAG_HUGE_2M, npages, L1);
+	add_range(&m, 0, npages);
+
+	for (int i = 0; i < ARRAY_SIZE(addrs); i++) {
+		vm_set_user_memory_region2(m.vm, TEST_SLOT, KVM_MEM_GUEST_MEMFD, TEST_GPA,
+					   size, (void *)addrs[i], m.fd, 0);
+		guest_does_huge(&m, 0, GMEM_ADD, 1, 0);
+		vmm_does_huge(&m, m.mem, GMEM_CHECK, 1, 0);
+		assert_host_not_asked();
+
+		sptes = delete_slots(m.vm, 1);
+		TEST_ASSERT_EQ(sptes.nr_4k, 0);
+		TEST_ASSERT_EQ(sptes.nr_2m, 32);
+		TEST_ASSERT_EQ(sptes.nr_1g, 0);
+		punch_huge(&m);
+	}
+
+	free_huge_machine(&m);
+}
+
+/* 2 SPTEs of 1 GiB. */
+static void test_2g(void)
+{
+	const uint64_t size = 2UL * SZ_1G;
+	struct huge_machine m;
+	struct sptes sptes;
+
+	create_huge_machine(&m, GMEM_SHARED | GUEST_MEMFD_FLAG_HUGE_1G, size / PAGE_SIZE, L1);
+	vm_set_user_memory_region2(m.vm, TEST_SLOT, KVM_MEM_GUEST_MEMFD, TEST_GPA, size,
+				   NULL, m.fd, 0);
+	add_range(&m, 12345, 12345 + PREFETCH_NPAGES);
+	add_range(&m, SZ_1G / PAGE_SIZE + 54321, SZ_1G / PAGE_SIZE + 54321 + PREFETCH_NPAGES);
+
+	guest_does_huge(&m, 0, GMEM_ADD, 1, 0);
+	model_touch(&m);
+	if (check_folios(&m)) {
+		sptes = delete_slots(m.vm, 1);
+		TEST_ASSERT_EQ(sptes.nr_4k, 0);
+		TEST_ASSERT_EQ(sptes.nr_2m, 0);
+		TEST_ASSERT_EQ(sptes.nr_1g, 2);
+	} else {
+		pr_info("Only 0x%lx bytes of contiguous memory, not testing 2 GiB\n",
+			gmem_fdinfo(m.fd, "gmem_1g"));
+	}
+
+	free_huge_machine(&m);
+}
+
+static void assert_private_sptes(struct kvm_vm *vm, struct kvm_vcpu *vcpu,
+				 const struct gmem_work *work, int fd,
+				 uint64_t nr_4k, uint64_t nr_2m)
+{
+	const uint64_t size = work->nr * PAGE_SIZE;
+	struct sptes sptes;
+
+	gmem_vcpu_run(vcpu, work);
+	sptes = delete_slots(vm, 1);
+	TEST_ASSERT_EQ(sptes.nr_4k, nr_4k);
+	TEST_ASSERT_EQ(sptes.nr_2m, nr_2m);
+	TEST_ASSERT_EQ(gmem_fdinfo(fd, "gmem_2m"), size);
+
+	/* Map it again, the same way. */
+	vm_set_user_memory_region2(vm, TEST_SLOT, KVM_MEM_GUEST_MEMFD, TEST_GPA, size,
+				   NULL, fd, 0);
+	gmem_vcpu_run(vcpu, work);
+}
+
+/*
+ * Private memory is huge as well.  A page that's converted splits the mapping,
+ * when it's converted back, the mapping is huge again.  The file has both, so
+ * the memory stays.
+ */
+static void test_huge_private_memory(void)
+{
+	const uint64_t flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_HUGE_2M;
+	const uint64_t size = 2UL * SZ_2M, npages = size / PAGE_SIZE;
+	struct vm_shape shape = {
+		.mode = VM_MODE_DEFAULT,
+		.type = KVM_X86_SW_PROTECTED_VM,
+	};
+	struct gmem_work work = {
+		.gva = TEST_GPA,
+		.nr = npages,
+		.stride = PAGE_SIZE,
+		.val = gmem_tag(0),
+		.step = GMEM_TAG_STEP,
+	};
+	struct kvm_vcpu *vcpu;
+	struct kvm_vm *vm;
+	int fd;
+
+	vm = __vm_create_shape_with_one_vcpu(shape, &vcpu, 4 * npages, gmem_guest_code);
+	vcpu_args_set(vcpu, 1, 0ul);
+	map_in_guest(vm, size, PG_LEVEL_2M);
+	fd = vm_create_guest_memfd(vm, size, flags);
+	vm_set_user_memory_region2(vm, TEST_SLOT, KVM_MEM_GUEST_MEMFD, TEST_GPA, size,
+				   NULL, fd, 0);
+	vm_mem_set_private(vm, TEST_GPA, size);
+
+	work.op = GMEM_SET;
+	assert_private_sptes(vm, vcpu, &work, fd, 0, 2);
+
+	work.op = GMEM_CHECK;
+	vm_mem_set_shared(vm, TEST_GPA + 7 * PAGE_SIZE, PAGE_SIZE);
+	assert_private_sptes(vm, vcpu, &work, fd, npages / 2, 1);
+
+	vm_mem_set_private(vm, TEST_GPA + 7 * PAGE_SIZE, PAGE_SIZE);
+	assert_private_sptes(vm, vcpu, &work, fd, 0, 2);
+	assert_host_not_asked();
+
+	kvm_vm_free(vm);
+	close(fd);
+}
+
+static void test_huge_pages(void)
+{
+	const uint64_t supported = kvm_check_cap(KVM_CAP_GUEST_MEMFD_FLAGS);
+	const uint64_t flags[] = {
+		GUEST_MEMFD_FLAG_HUGE_2M, GUEST_MEMFD_FLAG_HUGE_1G, GMEM_HUGE,
+	};
+	enum guest guest;
+
+	if (supported & GUEST_MEMFD_FLAG_HUGE_1G)
+		test_2g();
+	if (supported & GUEST_MEMFD_FLAG_HUGE_2M)
+		test_64m();
+	if ((supported & GUEST_MEMFD_FLAG_HUGE_2M) &&
+	    (kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM)))
+		test_huge_private_memory();
+
+	for (int i = 0; i < ARRAY_SIZE(flags); i++) {
+		if (flags[i] & ~supported) {
+			pr_info("Flags 0x%lx: not supported\n", flags[i]);
+			continue;
+		}
+
+		if (flags[i] & GUEST_MEMFD_FLAG_HUGE_1G)
+			test_gigantic_matrix(GMEM_SHARED | flags[i]);
+
+		/* What is too small for 1 GiB has nothing to do with that flag. */
+		for (guest = 0; guest < NR_GUESTS; guest++) {
+			const bool full = guest == L1 && flags[i] == GUEST_MEMFD_FLAG_HUGE_2M;
+
+			if (guest_possible(guest))
+				test_huge_matrix(GMEM_SHARED | flags[i], guest, full);
+			if (flags[i] & GUEST_MEMFD_FLAG_HUGE_1G)
+				break;
+		}
+	}
+}
+
 int main(int argc, char *argv[])
 {
 	struct config config = {
-		.gmem_flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED,
+		.gmem_flags = GMEM_SHARED,
 	};
 
 	TEST_REQUIRE(kvm_has_cap(KVM_CAP_GUEST_MEMFD));
@@ -674,6 +1411,7 @@ int main(int argc, char *argv[])
 	install_probe(&gmem_level_probe);
 
 	test_host_asked_for_anonymous_memory();
+	test_huge_pages();
 
 	for (config.guest = 0; config.guest < NR_GUESTS; config.guest++) {
 		if (!guest_possible(config.guest)) {

@@ -56,6 +56,7 @@ void gmem_vcpu_reset(struct kvm_vcpu *vcpu, struct kvm_regs *regs);
 
 void *gmem_mmap(int fd, size_t size, off_t offset);
 int gmem_sigbus_code(void *mem, bool write);
+int gmem_inject_memory_error(void *mem);
 uint64_t gmem_fdinfo(int fd, const char *key);
 
 #endif /* SELFTEST_KVM_GUEST_MEMFD_H */

@@ -7,6 +7,7 @@
 #include <setjmp.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <linux/mman.h>
 #include <sys/mman.h>
 
 #include "guest_memfd.h"
@@ -132,7 +133,7 @@ static __thread bool sigbus_expected;
 static void sigbus_handler(int signal, siginfo_t *info, void *context)
 {
 	/* Back to the instruction, to die from it. */
-	if (!sigbus_expected) {
+	if (!READ_ONCE(sigbus_expected)) {
 		sigaction(SIGBUS, &(struct sigaction){ .sa_handler = SIG_DFL }, NULL);
 		return;
 	}
@@ -140,7 +141,7 @@ static void sigbus_handler(int signal, siginfo_t *info, void *context)
 	siglongjmp(sigbus_jmp, info->si_code);
 }
 
-static void install_sigbus_handler(void)
+static void __install_sigbus_handler(void)
 {
 	struct sigaction action = {
 		.sa_sigaction = sigbus_handler,
@@ -151,29 +152,54 @@ static void install_sigbus_handler(void)
 	TEST_ASSERT(!r, __KVM_SYSCALL_ERROR("sigaction()", r));
 }
 
+static void install_sigbus_handler(void)
+{
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+	pthread_once(&once, __install_sigbus_handler);
+}
+
 /*
  * Access a byte of @mem, without changing it.  Returns the si_code of the
  * SIGBUS, or zero if there was none.
  */
 int gmem_sigbus_code(void *mem, bool write)
 {
-	static pthread_once_t once = PTHREAD_ONCE_INIT;
 	volatile char *byte = mem;
 	int code;
 
-	pthread_once(&once, install_sigbus_handler);
+	install_sigbus_handler();
 
 	code = sigsetjmp(sigbus_jmp, 1);
 	if (!code) {
-		sigbus_expected = true;
+		WRITE_ONCE(sigbus_expected, true);
 		if (write)
 			asm volatile("lock orb $0, %0" : "+m" (*byte));
 		else
 			(void)*byte;
 	}
-	sigbus_expected = false;
+	WRITE_ONCE(sigbus_expected, false);
 
 	return code;
+}
+
+/*
+ * Inject a memory error into the page at @mem.  Returns zero or an errno.  The
+ * thread that does this may get the SIGBUS right away.
+ */
+int gmem_inject_memory_error(void *mem)
+{
+	int err = 0;
+
+	install_sigbus_handler();
+
+	if (!sigsetjmp(sigbus_jmp, 1)) {
+		WRITE_ONCE(sigbus_expected, true);
+		err = madvise(mem, getpagesize(), MADV_HWPOISON) ? errno : 0;
+	}
+	WRITE_ONCE(sigbus_expected, false);
+
+	return err;
 }
 
 /* The value of a line of the file's fdinfo. */
