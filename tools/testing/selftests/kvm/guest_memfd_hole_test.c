@@ -917,6 +917,24 @@ static void test_race(uint64_t flags, int seconds)
 	free_machine(&m);
 }
 
+static void test_flags(uint64_t flags, int seconds)
+{
+	test_holes(flags);
+	for (int i = 0; i < ARRAY_SIZE(pins); i++)
+		test_hole_next_to_pin(flags, &pins[i]);
+
+	test_poison(flags, &pins[0]);
+	test_poison(flags, NULL);
+
+	/* It's the same with 1 GiB, but takes a lot longer. */
+	if (flags & GUEST_MEMFD_FLAG_HUGE_1G)
+		return;
+
+	for (int i = 0; i < ARRAY_SIZE(pins); i++)
+		test_hole_over_pin(flags, &pins[i]);
+	test_race(flags, seconds);
+}
+
 static void help(const char *name)
 {
 	printf("usage: %s [-h] [-t seconds]\n", name);
@@ -926,7 +944,8 @@ static void help(const char *name)
 
 int main(int argc, char *argv[])
 {
-	const uint64_t all_flags[] = { 0, GUEST_MEMFD_FLAG_HUGE_2M, GUEST_MEMFD_FLAG_HUGE_1G };
+	/* The biggest first, there's ever less contiguous memory. */
+	const uint64_t all_flags[] = { GUEST_MEMFD_FLAG_HUGE_1G, GUEST_MEMFD_FLAG_HUGE_2M, 0 };
 	uint64_t supported;
 	int seconds = 10, opt;
 
@@ -946,37 +965,14 @@ int main(int argc, char *argv[])
 	TEST_REQUIRE(!(GMEM_SHARED & ~supported));
 
 	for (int i = 0; i < ARRAY_SIZE(all_flags); i++) {
-		const uint64_t flags = all_flags[i];
-
-		if (flags & ~supported) {
-			pr_info("Flags 0x%lx: not supported\n", flags);
-			continue;
-		}
-
-		test_holes(flags);
-		for (int j = 0; j < ARRAY_SIZE(pins); j++)
-			test_hole_next_to_pin(flags, &pins[j]);
-
-		/* It's the same with 1 GiB, but takes a lot longer. */
-		if (flags & GUEST_MEMFD_FLAG_HUGE_1G)
-			continue;
-
-		for (int j = 0; j < ARRAY_SIZE(pins); j++)
-			test_hole_over_pin(flags, &pins[j]);
-		test_race(flags, seconds);
+		if (all_flags[i] & ~supported)
+			pr_info("Flags 0x%lx: not supported\n", all_flags[i]);
+		else
+			test_flags(all_flags[i], seconds);
 	}
 
 	if (supported & GUEST_MEMFD_FLAG_HUGE_2M)
 		test_nobody_else_touches_folios();
-
-	/* Last, as it costs memory: the smaller the folio, the less of it. */
-	for (int i = ARRAY_SIZE(all_flags) - 1; i >= 0; i--) {
-		if (all_flags[i] & ~supported)
-			continue;
-
-		test_poison(all_flags[i], NULL);
-		test_poison(all_flags[i], &pins[0]);
-	}
 
 	return 0;
 }

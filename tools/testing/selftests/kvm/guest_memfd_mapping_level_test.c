@@ -770,6 +770,11 @@ static void create_huge_machine(struct huge_machine *m, uint64_t flags, uint64_t
 
 	/* Deleting a memslot is to zap that memslot's SPTEs only. */
 	vm_enable_cap(m->vm, KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL);
+	/*
+	 * If not told how many shadow pages it may have, KVM goes by the size of
+	 * all memslots, and zaps what's too much when that shrinks.
+	 */
+	vm_ioctl(m->vm, KVM_SET_NR_MMU_PAGES, (void *)4096ul);
 
 	map_in_guest(m->vm, WINDOW_SIZE, level);
 	if (guest != L1)
