@@ -4,7 +4,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 # What the user set goes to the scripts as it was typed: a $ in CMD is the shell's, not make's.
-settings := KERNEL DEBUG KVER QVER KVM_PARAMS MEM CPUS CMD SHARE OUT ACCEL TIMEOUT SILENCE TESTS SUITE TEST_SECONDS ROUNDS JOBS
+settings := KERNEL DEBUG KVER QVER KVM_PARAMS MEM CPUS CMD SHARE OUT ACCEL TIMEOUT SILENCE TESTS SUITE L1S TEST_SECONDS ROUNDS JOBS
 $(foreach v,$(settings),$(if $(filter undefined,$(origin $(v))),,$(eval override $(v) := $$(value $(v)))$(eval export $(v))))
 
 .PHONY: help run check shell linux qemu selftests bench series prefixes export discard clean distclean
