@@ -15,6 +15,8 @@
 /* One VM's view of the memory, a.k.a. file->private_data. */
 struct kvm_gmem {
 	struct kvm *kvm;
+	/* The file that this is the private_data of. */
+	struct file *file;
 	/* Interval tree of kvm_memory_slot.gmem.node, in units of pages. */
 	struct rb_root_cached bindings;
 	struct list_head entry;
@@ -69,6 +71,21 @@ static inline struct kvm_gmem_inode *GMEM_I(struct inode *inode)
 static inline bool kvm_gmem_is_shared(struct inode *inode)
 {
 	return GMEM_I(inode)->flags & GUEST_MEMFD_FLAG_INIT_SHARED;
+}
+
+static inline struct file *kvm_gmem_get_file(const struct kvm_memory_slot *slot)
+{
+	/*
+	 * Do not return slot->gmem.file if it has already been closed;
+	 * there might be some time between the last fput() and when
+	 * kvm_gmem_release() clears slot->gmem.file.
+	 */
+	return get_file_active((struct file **)&slot->gmem.file);
+}
+
+static inline pgoff_t kvm_gmem_get_index(const struct kvm_memory_slot *slot, gfn_t gfn)
+{
+	return gfn - slot->base_gfn + slot->gmem.pgoff;
 }
 
 int kvm_gmem_mmap(struct file *file, struct vm_area_struct *vma);
