@@ -54,6 +54,15 @@ def guest_memfd_flags():
     return flags
 
 
+def two_dimensional_paging():
+    """Whether KVM uses NPT or EPT.  In shadow page tables, the guest's own page sizes limit those of KVM."""
+    for parameter in ("/sys/module/kvm_amd/parameters/npt", "/sys/module/kvm_intel/parameters/ept"):
+        if os.path.exists(parameter):
+            with open(parameter, encoding="ascii") as file:
+                return file.read().strip() in ("Y", "1")
+    return False
+
+
 def require_guest_memfd():
     """Skip the test where a default VM's memory cannot be on guest_memfd."""
     if ACCEL == "kvm" and not guest_memfd_flags():
@@ -132,7 +141,7 @@ def replay_slots(log):
 class L2:
     """A running L2.  Use it in a `with` statement: nothing of it is left afterwards, however that ends."""
 
-    def __init__(self, args, job=""):
+    def __init__(self, args, job="", initrd=f"{IMAGE}/initrd", env=None):
         self.directory = tempfile.mkdtemp(prefix="l2.")
         self.console_path = os.path.join(self.directory, "console")
         self.log_path = os.path.join(self.directory, "qemu.log")
@@ -150,11 +159,12 @@ class L2:
             "-serial", "chardev:console",
             "-qmp", f"unix:{monitor},server=on,wait=off",
             "-trace", "kvm_set_user_memory", "-D", self.log_path,
-            "-kernel", f"{IMAGE}/vmlinuz", "-initrd", f"{IMAGE}/initrd",
+            "-kernel", f"{IMAGE}/vmlinuz", "-initrd", initrd,
             "-append", f"{BOOT} {job}"]
         self.errors_path = os.path.join(self.directory, "stderr")
         with open(self.errors_path, "w", encoding="utf-8") as errors:
-            self.qemu = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
+            self.qemu = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
+                                         env={**os.environ, **(env or {})})
         self.monitor_path = monitor
 
     def __enter__(self):
