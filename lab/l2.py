@@ -192,7 +192,7 @@ class L2:
 
     def fail(self, what):
         """Raise a Failure that carries the last lines L2 and QEMU printed."""
-        tail = [f"console: {line}" for line in self.console().splitlines()[-15:]]
+        tail = [f"console: {line}" for line in self.console().splitlines()[-80:]]
         tail += [f"qemu: {line}" for line in self._read(self.errors_path).splitlines()[-5:]]
         raise Failure("\n".join([what, *tail]))
 

@@ -917,6 +917,100 @@ static void test_race(uint64_t flags, int seconds)
 	free_machine(&m);
 }
 
+/*
+ * A hole races with the very first access to the block around it, i.e. the page
+ * is taken out of a folio that is about to be mapped as a whole.  From then on,
+ * guest and VMM must agree on what is at the hole.
+ */
+#define FIRST_HOLE	(NPAGES_2M / 2)
+#define FIRST_TOUCHED	(FIRST_HOLE + 1)
+
+struct first {
+	uint64_t round;
+	/* The rounds that the guest and the hole have got to. */
+	uint64_t touching, punched, written;
+};
+
+static struct first first;
+
+static void guest_first_code(void)
+{
+	uint64_t *touched = (void *)TEST_GPA + FIRST_TOUCHED * PAGE_SIZE;
+	uint64_t *hole = (void *)TEST_GPA + FIRST_HOLE * PAGE_SIZE;
+	uint64_t round = 0;
+
+	for (;;) {
+		while (READ_ONCE(first.round) == round)
+			cpu_relax();
+		round = READ_ONCE(first.round);
+		if (round == ~0ULL)
+			break;
+
+		WRITE_ONCE(first.touching, round);
+		WRITE_ONCE(*touched, round);
+		while (READ_ONCE(first.punched) != round)
+			cpu_relax();
+		WRITE_ONCE(*hole, round);
+		WRITE_ONCE(first.written, round);
+	}
+	GUEST_DONE();
+}
+
+static void *first_vcpu(void *arg)
+{
+	struct kvm_vcpu *vcpu = arg;
+	struct ucall uc;
+
+	vcpu_run(vcpu);
+	TEST_ASSERT_KVM_EXIT_REASON(vcpu, KVM_EXIT_IO);
+	TEST_ASSERT_EQ(get_ucall(vcpu, &uc), UCALL_DONE);
+	return NULL;
+}
+
+static void test_race_first(uint64_t flags, int seconds)
+{
+	struct timespec start;
+	struct kvm_vcpu *vcpu;
+	struct first *host;
+	pthread_t thread;
+	struct machine m;
+	uint64_t round;
+
+	pr_info("Flags 0x%lx: holes race with the first access, %d s\n", flags, seconds);
+
+	create_machine_with_vcpus(&m, flags, SZ_2M, 1, &vcpu, guest_first_code);
+	host = addr_gva2hva(m.vm, (vm_vaddr_t)&first);
+	pthread_create(&thread, NULL, first_vcpu, vcpu);
+
+	clock_gettime(CLOCK_MONOTONIC, &start);
+	for (round = 1; timespec_elapsed(start).tv_sec < seconds; round++) {
+		WRITE_ONCE(host->round, round);
+		while (READ_ONCE(host->touching) != round)
+			;
+		/* Now and then somewhat later, the access is a matter of ms. */
+		if (round % 2)
+			usleep(round % 64 * 16);
+		punch(&m, FIRST_HOLE, 1);
+		WRITE_ONCE(host->punched, round);
+		while (READ_ONCE(host->written) != round)
+			;
+
+		TEST_ASSERT(page_address(&m, FIRST_HOLE)[0] == round,
+			    "Guest wrote 0x%lx to the hole, VMM sees 0x%lx",
+			    round, page_address(&m, FIRST_HOLE)[0]);
+		TEST_ASSERT(page_address(&m, FIRST_TOUCHED)[0] == round,
+			    "Guest wrote 0x%lx next to the hole, VMM sees 0x%lx",
+			    round, page_address(&m, FIRST_TOUCHED)[0]);
+		punch(&m, 0, m.npages);
+	}
+
+	WRITE_ONCE(host->round, ~0ULL);
+	pthread_join(thread, NULL);
+	pr_info("%lu rounds\n", round - 1);
+
+	free_machine(&m);
+}
+
 static void test_flags(uint64_t flags, int seconds)
 {
 	test_holes(flags);
@@ -933,6 +1027,7 @@ static void test_flags(uint64_t flags, int seconds)
 	for (int i = 0; i < ARRAY_SIZE(pins); i++)
 		test_hole_over_pin(flags, &pins[i]);
 	test_race(flags, seconds);
+	test_race_first(flags, seconds);
 }
 
 static void help(const char *name)
