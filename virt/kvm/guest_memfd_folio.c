@@ -315,7 +315,10 @@ static struct folio *kvm_gmem_add_folio(struct inode *inode, pgoff_t index,
 	if (IS_ERR(folio))
 		return folio;
 
-	kvm_gmem_zero_folio(folio, 0, folio_nr_pages(folio));
+	/* With init_on_alloc=1 or init_on_free=1 the allocator has done it. */
+	if (!want_init_on_alloc(mapping_gfp_mask(inode->i_mapping)) &&
+	    !want_init_on_free())
+		kvm_gmem_zero_folio(folio, 0, folio_nr_pages(folio));
 	if (kvm_gmem_is_shared(inode))
 		folio_mark_uptodate(folio);
 	return folio;
