@@ -7,12 +7,12 @@ MAKEFLAGS += --no-print-directory
 settings := KERNEL DEBUG KVER QVER KVM_PARAMS MEM CPUS CMD SHARE OUT ACCEL TIMEOUT SILENCE TESTS SUITE L1S TEST_SECONDS ROUNDS JOBS
 $(foreach v,$(settings),$(if $(filter undefined,$(origin $(v))),,$(eval override $(v) := $$(value $(v)))$(eval export $(v))))
 
-.PHONY: help run check shell linux qemu selftests bench series prefixes export discard clean distclean
+.PHONY: help run check shell linux qemu selftests bench series static prefixes export discard clean distclean
 
 help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r verb text; do printf '  make %-10s %s\n' "$$verb" "$$text"; done
 	@echo
-	@echo 'Settings: KERNEL=patched|stock DEBUG=yes|no KVER= (of linux-source-6.12) QVER= KVM_PARAMS= MEM= CPUS= CMD= SHARE= TESTS= SUITE=full;'
+	@echo 'Settings: KERNEL=patched|stock|debug|kcsan DEBUG=yes|no KVER= (of linux-source-6.12) QVER= KVM_PARAMS= MEM= CPUS= CMD= SHARE= TESTS= SUITE=full;'
 	@echo 'each is explained at the top of the script lab/VERB.  Output and logs: build/.  Caches: $${XDG_CACHE_HOME:-~/.cache}/gmem.'
 
 run: ## build everything, boot L1, run a Debian VM in it with all its RAM on guest_memfd, and show what maps it
@@ -21,7 +21,7 @@ check: ## run the tests; TESTS='a b' picks some, SUITE=full runs all KVM selftes
 	@lab/check
 shell: ## a root shell in L1, or that command with CMD='...'; SHARE=DIR is shown at /share
 	@lab/linux && lab/qemu && lab/shell
-linux: ## build L1's kernel: base plus series, KERNEL=stock without the series
+linux: ## build L1's kernel: base plus series, KERNEL=stock without the series, KERNEL=debug with KASAN and the like
 	@lab/linux
 qemu: ## build QEMU with the series
 	@lab/qemu
@@ -31,6 +31,8 @@ bench: ## time a guest's first touch of memory by what backs it, on a kernel wit
 	@lab/bench
 series: ## the mailable form of both series, with cover letters, in build/series/, checked by checkpatch
 	@lab/mail
+static: ## check the Linux series with sparse, coccinelle, checkpatch, W=1, and build its documentation
+	@lab/static
 prefixes: ## build each prefix of the Linux series, what it touches with W=1
 	@lab/prefixes
 export: ## write the commits of build/linux and build/qemu back to patches/ and the added files

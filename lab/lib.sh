@@ -14,8 +14,12 @@ DEBUG=${DEBUG:-yes}
 case $KERNEL:$DEBUG in
 patched:yes | stock:yes) flavour=$KERNEL ;;
 patched:no | stock:no) flavour=$KERNEL-nodebug ;;
-*) echo "lab: KERNEL is patched or stock, not '$KERNEL', and DEBUG yes or no, not '$DEBUG'" >&2; exit 1 ;;
+debug:yes | kcsan:yes) flavour=$KERNEL ;;
+*) echo "lab: KERNEL is patched, stock, debug or kcsan, not '$KERNEL', and DEBUG yes or, for the former two, no, not '$DEBUG'" >&2; exit 1 ;;
 esac
+# Whose sources it is built from, and whose selftests go with it.
+source=patched
+[ "$KERNEL" != stock ] || source=stock
 jobs_flag=-j${JOBS:-$(nproc)}
 
 sudo=
