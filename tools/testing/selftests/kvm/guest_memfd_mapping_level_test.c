@@ -304,6 +304,12 @@ static void assert_other_memory_untouched(struct machine *machine)
 	}
 }
 
+static void set_slot(struct machine *machine, uint64_t size)
+{
+	vm_set_user_memory_region2(machine->vm, TEST_SLOT, KVM_MEM_GUEST_MEMFD, TEST_GPA,
+				   size, machine->userspace_addr, machine->fd, TEST_OFFSET);
+}
+
 static void create_machine(struct machine *machine, const struct config *config)
 {
 	struct vm_shape shape = {
@@ -324,9 +330,7 @@ static void create_machine(struct machine *machine, const struct config *config)
 		machine->mem = gmem_mmap(machine->fd, TEST_SIZE, TEST_OFFSET);
 
 	machine->userspace_addr = map_view(machine);
-	vm_set_user_memory_region2(vm, TEST_SLOT, KVM_MEM_GUEST_MEMFD, TEST_GPA,
-				   TEST_SIZE, machine->userspace_addr,
-				   machine->fd, TEST_OFFSET);
+	set_slot(machine, TEST_SIZE);
 	if (!machine->mem)
 		vm_mem_set_private(vm, TEST_GPA, TEST_SIZE / 2);
 
@@ -579,6 +583,10 @@ static void test_pre_faulted(struct machine *machine)
 		return;
 
 	vmm_fills(machine);
+
+	/* Have all SPTEs zapped, which must not matter to what isn't zapped yet. */
+	set_slot(machine, 0);
+	set_slot(machine, TEST_SIZE);
 
 	before = count_all_sptes(machine->vm);
 	do {

@@ -1,0 +1,372 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * What guest_memfd's memory is to the host: it's charged to who asks for it,
+ * stays where it is, and is given back when the last user is gone.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <linux/falloc.h>
+#include <linux/sizes.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+
+#include "guest_memfd.h"
+#include "kvm_util.h"
+#include "processor.h"
+#include "test_util.h"
+
+#define TEST_SLOT	10
+#define TEST_GPA	SZ_4G
+#define TEST_SIZE	SZ_64M
+
+#define GMEM_SHARED	(GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)
+#define GMEM_2M		(GMEM_SHARED | GUEST_MEMFD_FLAG_HUGE_2M)
+
+#define CGROUPS		"/sys/fs/cgroup"
+#define CGROUP		CGROUPS "/guest_memfd_host_memory"
+#define MEMORY		"/sys/devices/system/memory"
+
+struct machine {
+	struct kvm_vm *vm;
+	struct kvm_vcpu *vcpu;
+	int fd;
+	size_t size;
+	uint64_t *mem;
+};
+
+/* Returns zero or an errno. */
+static int write_file(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY), err = 0;
+
+	if (fd < 0)
+		return errno;
+	if (write(fd, text, strlen(text)) < 0)
+		err = errno;
+	close(fd);
+	return err;
+}
+
+/* The first number behind @key. */
+static uint64_t read_number(const char *path, const char *key, int base)
+{
+	char line[128];
+	uint64_t val = 0;
+	FILE *file = fopen(path, "r");
+
+	TEST_ASSERT(file, "Cannot read %s, %s", path, strerror(errno));
+	while (fgets(line, sizeof(line), file)) {
+		if (strncmp(line, key, strlen(key)))
+			continue;
+		val = strtoull(line + strlen(key), NULL, base);
+		break;
+	}
+	fclose(file);
+	return val;
+}
+
+static void create_machine(struct machine *m, uint64_t flags, size_t size)
+{
+	m->size = size;
+	m->vm = __vm_create_shape_with_one_vcpu(VM_SHAPE_DEFAULT, &m->vcpu, 0, gmem_guest_code);
+	vcpu_args_set(m->vcpu, 1, 0ULL);
+	m->fd = vm_create_guest_memfd(m->vm, size, flags);
+	m->mem = gmem_mmap(m->fd, size, 0);
+	vm_set_user_memory_region2(m->vm, TEST_SLOT, KVM_MEM_GUEST_MEMFD, TEST_GPA,
+				   size, NULL, m->fd, 0);
+	virt_map_level(m->vm, TEST_GPA, TEST_GPA, TEST_SIZE, PG_LEVEL_2M);
+}
+
+static void free_machine(struct machine *m)
+{
+	munmap(m->mem, m->size);
+	close(m->fd);
+	kvm_vm_free(m->vm);
+}
+
+static void guest_does(struct machine *m, enum gmem_op op)
+{
+	struct gmem_work work = {
+		.op = op,
+		.gva = TEST_GPA,
+		.nr = TEST_SIZE / PAGE_SIZE,
+		.stride = PAGE_SIZE,
+		.val = gmem_tag(0),
+		.step = GMEM_TAG_STEP,
+	};
+
+	gmem_vcpu_run(m->vcpu, &work);
+}
+
+/*
+ * memcg
+ */
+
+static bool create_cgroup(const char *limit)
+{
+	write_file(CGROUPS "/cgroup.subtree_control", "+memory");
+	mkdir(CGROUP, 0700);
+	if (write_file(CGROUP "/memory.max", limit)) {
+		rmdir(CGROUP);
+		pr_info("There is no memcg, skipping\n");
+		return false;
+	}
+	return true;
+}
+
+/* Uncharging happens in batches, and late. */
+static bool cgroup_is_empty(void)
+{
+	for (int i = 0; i < 100; i++) {
+		if (read_number(CGROUP "/memory.current", "", 10) < SZ_1M)
+			return true;
+		usleep(50000);
+	}
+	return false;
+}
+
+/* Populate the file as a member of the cgroup.  Returns the status of the child. */
+static int populate_in_cgroup(struct machine *m)
+{
+	int status;
+	pid_t pid;
+
+	pid = fork();
+	TEST_ASSERT(pid >= 0, __KVM_SYSCALL_ERROR("fork()", pid));
+	if (!pid) {
+		if (write_file(CGROUP "/cgroup.procs", "0"))
+			_exit(EXIT_FAILURE);
+		if (fallocate(m->fd, FALLOC_FL_KEEP_SIZE, 0, TEST_SIZE))
+			_exit(errno);
+		_exit(0);
+	}
+	TEST_ASSERT_EQ(waitpid(pid, &status, 0), pid);
+	return status;
+}
+
+static void test_charge(uint64_t flags)
+{
+	uint64_t charged;
+	struct machine m;
+
+	pr_info("Flags 0x%lx: memory is charged\n", flags);
+	if (!create_cgroup("max"))
+		return;
+
+	create_machine(&m, flags, TEST_SIZE);
+	TEST_ASSERT_EQ(populate_in_cgroup(&m), 0);
+	charged = read_number(CGROUP "/memory.current", "", 10);
+	TEST_ASSERT(charged >= TEST_SIZE, "%lu bytes were charged, expected %u", charged,
+		    TEST_SIZE);
+	guest_does(&m, GMEM_SET);
+	guest_does(&m, GMEM_CHECK);
+	free_machine(&m);
+	TEST_ASSERT(cgroup_is_empty(), "%lu bytes are still charged",
+		    read_number(CGROUP "/memory.current", "", 10));
+	rmdir(CGROUP);
+}
+
+/* At the limit, there are smaller pages, and then the same end as for any memory. */
+static void test_limit(uint64_t flags)
+{
+	uint64_t small, all;
+	struct machine m;
+	int status;
+
+	pr_info("Flags 0x%lx: memory is limited\n", flags);
+	if (!create_cgroup("9M"))
+		return;
+
+	create_machine(&m, flags, TEST_SIZE);
+	status = populate_in_cgroup(&m);
+	TEST_ASSERT((WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL) ||
+		    (WIFEXITED(status) && WEXITSTATUS(status) == ENOMEM),
+		    "Child ended with status 0x%x", status);
+
+	small = gmem_fdinfo(m.fd, "gmem_4k");
+	all = small + gmem_fdinfo(m.fd, "gmem_2m");
+	TEST_ASSERT(small, "There are no pages of 4 KiB, i.e. there was no fallback");
+	TEST_ASSERT(all <= 9 * SZ_1M, "The file holds %lu bytes, the limit is 9 MiB", all);
+
+	/* Who is not a member has no such limit, and pays for the rest. */
+	guest_does(&m, GMEM_SET);
+	guest_does(&m, GMEM_CHECK);
+	free_machine(&m);
+	TEST_ASSERT(cgroup_is_empty(), "%lu bytes are still charged",
+		    read_number(CGROUP "/memory.current", "", 10));
+	rmdir(CGROUP);
+}
+
+/*
+ * Memory stays where it is
+ */
+
+static uint64_t pfn_of(void *mem)
+{
+	int fd = open("/proc/self/pagemap", O_RDONLY);
+	uint64_t entry;
+
+	TEST_ASSERT(fd >= 0, __KVM_SYSCALL_ERROR("open()", fd));
+	TEST_ASSERT_EQ(pread(fd, &entry, sizeof(entry),
+			     (uint64_t)mem / PAGE_SIZE * sizeof(entry)), sizeof(entry));
+	close(fd);
+	return entry & GENMASK_ULL(54, 0);
+}
+
+static void on_alarm(int signal)
+{
+}
+
+static int offline(uint64_t block)
+{
+	char path[128];
+	int err;
+
+	snprintf(path, sizeof(path), MEMORY "/memory%lu/state", block);
+	alarm(20);
+	err = write_file(path, "offline");
+	alarm(0);
+	return err;
+}
+
+/*
+ * Whoever takes memory offline is refused, rather than kept busy.  The file is
+ * big enough to have blocks of memory to itself, as a block that has anything
+ * else that's unmovable is refused anyway.
+ */
+static void test_offline(uint64_t flags, size_t size)
+{
+	uint64_t block, tried = -1ULL;
+	struct machine m;
+	size_t i;
+
+	pr_info("Flags 0x%lx: memory goes offline\n", flags);
+	if (access(MEMORY "/block_size_bytes", R_OK)) {
+		pr_info("Memory can't go offline, skipping\n");
+		return;
+	}
+
+	create_machine(&m, flags, size);
+	if (fallocate(m.fd, FALLOC_FL_KEEP_SIZE, 0, size)) {
+		pr_info("Not enough memory, skipping\n");
+		free_machine(&m);
+		return;
+	}
+	guest_does(&m, GMEM_SET);
+
+	sigaction(SIGALRM, &(struct sigaction){ .sa_handler = on_alarm }, NULL);
+	for (i = 0; i < size; i += SZ_2M) {
+		void *page = (void *)m.mem + i;
+		int err;
+
+		READ_ONCE(*(char *)page);
+		block = pfn_of(page) * PAGE_SIZE / read_number(MEMORY "/block_size_bytes", "", 16);
+		if (block == tried)
+			continue;
+		tried = block;
+
+		/* EINVAL: it can't, whatever is in it, as there's a hole. */
+		err = offline(block);
+		TEST_ASSERT(err == EBUSY || err == EINVAL,
+			    "Block %lu going offline: errno %d, expected EBUSY", block, err);
+		TEST_ASSERT_EQ(pfn_of(page) * PAGE_SIZE /
+			       read_number(MEMORY "/block_size_bytes", "", 16), block);
+	}
+
+	guest_does(&m, GMEM_CHECK);
+	free_machine(&m);
+}
+
+static void test_compaction(uint64_t flags)
+{
+	struct machine m;
+	uint64_t pfn;
+
+	pr_info("Flags 0x%lx: memory is compacted\n", flags);
+	create_machine(&m, flags, TEST_SIZE);
+	guest_does(&m, GMEM_SET);
+	READ_ONCE(*m.mem);
+	pfn = pfn_of(m.mem);
+	write_file("/proc/sys/vm/compact_memory", "1");
+	TEST_ASSERT_EQ(pfn_of(m.mem), pfn);
+	guest_does(&m, GMEM_CHECK);
+	free_machine(&m);
+}
+
+/*
+ * The last user, whoever that is, gives it back
+ */
+
+static void put_fd(struct machine *m)
+{
+	close(m->fd);
+}
+
+static void put_view(struct machine *m)
+{
+	munmap(m->mem, m->size);
+}
+
+static void put_vm(struct machine *m)
+{
+	kvm_vm_free(m->vm);
+}
+
+static void test_release(uint64_t flags)
+{
+	static void (* const users[])(struct machine *m) = { put_fd, put_view, put_vm };
+	static const int orders[][3] = {
+		{ 0, 1, 2 }, { 0, 2, 1 }, { 1, 0, 2 }, { 1, 2, 0 }, { 2, 0, 1 }, { 2, 1, 0 },
+	};
+	struct machine m;
+
+	pr_info("Flags 0x%lx: memory is given back\n", flags);
+	for (int i = 0; i < ARRAY_SIZE(orders); i++) {
+		if (!create_cgroup("max"))
+			return;
+		create_machine(&m, flags, TEST_SIZE);
+		TEST_ASSERT_EQ(populate_in_cgroup(&m), 0);
+		guest_does(&m, GMEM_SET);
+		guest_does(&m, GMEM_CHECK);
+		for (int j = 0; j < ARRAY_SIZE(users); j++)
+			users[orders[i][j]](&m);
+		TEST_ASSERT(cgroup_is_empty(), "%lu bytes are still charged, order %d",
+			    read_number(CGROUP "/memory.current", "", 10), i);
+		rmdir(CGROUP);
+	}
+}
+
+int main(void)
+{
+	static const uint64_t all_flags[] = { GMEM_SHARED, GMEM_2M };
+	uint64_t supported;
+
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_GUEST_MEMFD));
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_GUEST_MEMFD_FLAGS));
+	supported = kvm_check_cap(KVM_CAP_GUEST_MEMFD_FLAGS);
+	TEST_REQUIRE((supported & GMEM_SHARED) == GMEM_SHARED);
+	__TEST_REQUIRE(!geteuid(), "Root needed");
+
+	for (int i = 0; i < ARRAY_SIZE(all_flags); i++) {
+		if (all_flags[i] & ~supported)
+			continue;
+		test_charge(all_flags[i]);
+		test_limit(all_flags[i]);
+		test_offline(all_flags[i], SZ_512M);
+		test_compaction(all_flags[i]);
+		test_release(all_flags[i]);
+	}
+
+	if (supported & GUEST_MEMFD_FLAG_HUGE_1G)
+		test_offline(GMEM_2M | GUEST_MEMFD_FLAG_HUGE_1G, SZ_1G);
+
+	return 0;
+}
