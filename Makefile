@@ -33,7 +33,7 @@ series: ## the mailable form of both series, with cover letters, in build/series
 	@lab/mail
 static: ## check the Linux series with sparse, coccinelle, checkpatch, W=1, and build its documentation
 	@lab/static
-prefixes: ## build each prefix of the Linux series, what it touches with W=1
+prefixes: ## build each prefix of the Linux series, with W=1, and boot it
 	@lab/prefixes
 export: ## write the commits of build/linux and build/qemu back to patches/ and the added files
 	@lab/export

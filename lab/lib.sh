@@ -15,6 +15,8 @@ case $KERNEL:$DEBUG in
 patched:yes | stock:yes) flavour=$KERNEL ;;
 patched:no | stock:no) flavour=$KERNEL-nodebug ;;
 debug:yes | kcsan:yes) flavour=$KERNEL ;;
+# What lab/prefixes boots.
+prefix:yes) flavour=at-prefix ;;
 *) echo "lab: KERNEL is patched, stock, debug or kcsan, not '$KERNEL', and DEBUG yes or, for the former two, no, not '$DEBUG'" >&2; exit 1 ;;
 esac
 # Whose sources it is built from, and whose selftests go with it.
