@@ -42,14 +42,20 @@ struct kvm_gmem {
 struct kvm_gmem_inode {
 	/* GUEST_MEMFD_FLAG_*, immutable. */
 	u64 flags;
+	/* Pinned by the inode, NULL for that of the mount's root. */
+	struct module *owner;
 	/* See above, nests inside the folio lock. */
 	struct mutex bindings_lock;
 	/* Set by mbind(), obeyed by every allocation. */
 	struct shared_policy policy;
 
-	/* Back-off from allocating 1 GiB folios, in jiffies. */
+	/*
+	 * Held to add a folio of 1 GiB, nests inside invalidate_lock and outside
+	 * of the new folio's lock.  Protects the back-off, which is in jiffies.
+	 */
+	struct mutex gigantic_lock;
 	unsigned long gigantic_retry;
-	unsigned int gigantic_failures;
+	int gigantic_failures;
 
 	/* The one folio that may be split, protected by invalidate_lock. */
 	struct folio *split_folio;

@@ -30,6 +30,7 @@
  */
 #include <linux/highmem.h>
 #include <linux/pagemap.h>
+#include <linux/uaccess.h>
 #include <linux/unaligned.h>
 
 #include "guest_memfd.h"
@@ -89,14 +90,23 @@ static int kvm_gmem_begin_access(const struct kvm_memory_slot *slot, gfn_t gfn,
 	if (!kvm_gmem_is_accessible(slot, file))
 		goto err;
 
-	folio = kvm_gmem_get_folio(file_inode(file), index, false);
-	if (IS_ERR(folio)) {
-		r = PTR_ERR(folio);
-		goto err;
-	}
+	/*
+	 * Nothing is split or removed as long as invalidate_lock is held.  Lock
+	 * a folio only if that's needed to allocate or to wait for the zeroing,
+	 * it may be the one that all vCPUs have their page tables in.
+	 */
+	folio = filemap_get_folio(file->f_mapping, index);
+	if (IS_ERR(folio) || !folio_test_uptodate(folio)) {
+		if (!IS_ERR(folio))
+			folio_put(folio);
 
-	/* Neither split nor removed as long as invalidate_lock is held. */
-	folio_unlock(folio);
+		folio = kvm_gmem_get_folio(file_inode(file), index, false);
+		if (IS_ERR(folio)) {
+			r = PTR_ERR(folio);
+			goto err;
+		}
+		folio_unlock(folio);
+	}
 
 	if (kvm_gmem_is_poisoned(folio, index)) {
 		folio_put(folio);
@@ -152,15 +162,17 @@ out:
 
 /*
  * The guest may rely on naturally aligned accesses being done in one piece, e.g.
- * to its page tables.
+ * to its page tables.  Everything else survives reading memory that turns out to be
+ * bad, as it would through a userspace mapping.
  */
-static void kvm_gmem_copy_from_page(struct page *page, int offset, void *data,
-				    int len)
+static int kvm_gmem_copy_from_page(struct page *page, int offset, void *data,
+				   int len)
 {
 	void *src = kmap_local_page(page) + offset;
+	unsigned long left = 0;
 
 	if (!IS_ALIGNED(offset, len))
-		memcpy(data, src, len);
+		left = copy_mc_to_kernel(data, src, len);
 	else if (len == 8)
 		put_unaligned(READ_ONCE(*(u64 *)src), (u64 *)data);
 	else if (len == 4)
@@ -168,9 +180,10 @@ static void kvm_gmem_copy_from_page(struct page *page, int offset, void *data,
 	else if (len == 2)
 		put_unaligned(READ_ONCE(*(u16 *)src), (u16 *)data);
 	else
-		memcpy(data, src, len);
+		left = copy_mc_to_kernel(data, src, len);
 
 	kunmap_local(src);
+	return left ? -EHWPOISON : 0;
 }
 
 static void kvm_gmem_copy_to_page(struct page *page, int offset, const void *data,
@@ -202,22 +215,23 @@ int kvm_gmem_read(const struct kvm_memory_slot *slot, gfn_t gfn, int offset,
 	if (r)
 		return r;
 
-	kvm_gmem_copy_from_page(access.page, offset, data, len);
+	r = kvm_gmem_copy_from_page(access.page, offset, data, len);
 	kvm_gmem_end_access(&access);
-	return 0;
+	return r;
 }
 
 int kvm_gmem_read_atomic(const struct kvm_memory_slot *slot, gfn_t gfn, int offset,
 			 void *data, int len)
 {
 	struct page *page = kvm_gmem_lookup_page(slot, gfn, false);
+	int r;
 
 	if (!page)
 		return -EFAULT;
 
-	kvm_gmem_copy_from_page(page, offset, data, len);
+	r = kvm_gmem_copy_from_page(page, offset, data, len);
 	put_page(page);
-	return 0;
+	return r;
 }
 
 /* Marking the page dirty is up to the caller. */

@@ -168,7 +168,7 @@ static struct folio *kvm_gmem_alloc_gigantic(gfp_t gfp, int order,
 #endif /* CONFIG_CONTIG_ALLOC */
 
 static struct folio *kvm_gmem_alloc_folio(struct inode *inode, pgoff_t index,
-					  int order)
+					  int order, bool has_fallback)
 {
 	gfp_t gfp = mapping_gfp_mask(inode->i_mapping);
 	struct mempolicy *mpol;
@@ -185,8 +185,8 @@ static struct folio *kvm_gmem_alloc_folio(struct inode *inode, pgoff_t index,
 		if (folio)
 			folio_set_large_rmappable(folio);
 	} else {
-		/* Anything but a page is worth some effort, but has a fallback. */
-		if (order)
+		/* It's worth some effort, but nobody must be killed for it. */
+		if (has_fallback)
 			gfp |= __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC;
 
 		if (mpol)
@@ -219,21 +219,18 @@ static void kvm_gmem_zero_folio(struct folio *folio, long first, long nr)
 
 static bool kvm_gmem_gigantic_backs_off(struct kvm_gmem_inode *gi)
 {
-	return READ_ONCE(gi->gigantic_failures) &&
-	       time_before(jiffies, READ_ONCE(gi->gigantic_retry));
+	return gi->gigantic_failures && time_before(jiffies, gi->gigantic_retry);
 }
 
 static void kvm_gmem_update_gigantic_backoff(struct kvm_gmem_inode *gi, bool success)
 {
-	unsigned int failures = 0;
-
-	/* Racing updates at worst lose one failure. */
-	if (!success) {
-		failures = min(READ_ONCE(gi->gigantic_failures) + 1,
-			       GMEM_MAX_BACKOFF_SHIFT);
-		WRITE_ONCE(gi->gigantic_retry, jiffies + (HZ << failures));
+	if (success) {
+		gi->gigantic_failures = 0;
+		return;
 	}
-	WRITE_ONCE(gi->gigantic_failures, failures);
+
+	gi->gigantic_failures = min(gi->gigantic_failures + 1, GMEM_MAX_BACKOFF_SHIFT);
+	gi->gigantic_retry = jiffies + (HZ << gi->gigantic_failures);
 }
 
 /*
@@ -265,7 +262,8 @@ static struct folio *kvm_gmem_add_folio_order(struct inode *inode, pgoff_t index
 
 	index = round_down(index, 1UL << order);
 
-	folio = kvm_gmem_alloc_folio(inode, index, order);
+	/* What's left if there's no memory even for a page is an error. */
+	folio = kvm_gmem_alloc_folio(inode, index, order, order > 0);
 	if (!folio)
 		return ERR_PTR(-ENOMEM);
 
@@ -283,10 +281,37 @@ static struct folio *kvm_gmem_add_folio_order(struct inode *inode, pgoff_t index
 	return folio;
 }
 
+/*
+ * One at a time: who finds the memory that somebody else is about to allocate busy
+ * would take smaller folios where there's going to be a big one, and take it for a
+ * failure.
+ */
+static struct folio *kvm_gmem_add_gigantic_folio(struct inode *inode, pgoff_t index,
+						 bool populate)
+{
+	struct kvm_gmem_inode *gi = GMEM_I(inode);
+	struct folio *folio;
+
+	guard(mutex)(&gi->gigantic_lock);
+
+	/* Whoever held the lock may have added just that. */
+	if (!kvm_gmem_order_fits(inode, index, GMEM_ORDER_1G))
+		return ERR_PTR(-EEXIST);
+
+	/* Populating is what's done ahead, i.e. it has the time to try. */
+	if (!populate && kvm_gmem_gigantic_backs_off(gi))
+		return ERR_PTR(-ENOMEM);
+
+	folio = kvm_gmem_add_folio_order(inode, index, GMEM_ORDER_1G);
+	if (PTR_ERR_OR_ZERO(folio) != -EEXIST)
+		kvm_gmem_update_gigantic_backoff(gi, !IS_ERR(folio));
+
+	return folio;
+}
+
 static struct folio *kvm_gmem_add_folio(struct inode *inode, pgoff_t index,
 					bool populate)
 {
-	struct kvm_gmem_inode *gi = GMEM_I(inode);
 	struct folio *folio = NULL;
 	int i, order, asked = -1;
 
@@ -298,14 +323,10 @@ static struct folio *kvm_gmem_add_folio(struct inode *inode, pgoff_t index,
 
 		asked = max(asked, order);
 
-		/* Populating is what's done ahead, i.e. it has the time to try. */
-		if (order == GMEM_ORDER_1G && !populate &&
-		    kvm_gmem_gigantic_backs_off(gi))
-			continue;
-
-		folio = kvm_gmem_add_folio_order(inode, index, order);
-		if (order == GMEM_ORDER_1G && PTR_ERR_OR_ZERO(folio) != -EEXIST)
-			kvm_gmem_update_gigantic_backoff(gi, !IS_ERR(folio));
+		if (order == GMEM_ORDER_1G)
+			folio = kvm_gmem_add_gigantic_folio(inode, index, populate);
+		else
+			folio = kvm_gmem_add_folio_order(inode, index, order);
 		if (!IS_ERR(folio) || PTR_ERR(folio) == -EEXIST)
 			break;
 	}
@@ -436,11 +457,17 @@ static int kvm_gmem_replace_folio(struct inode *inode, struct folio *old)
 		return -EBUSY;
 
 	while (index < end) {
+		int order = 0;
 		long i;
 
-		folio = kvm_gmem_alloc_folio(inode, index, GMEM_ORDER_2M);
-		if (!folio)
-			folio = kvm_gmem_alloc_folio(inode, index, 0);
+		/* Once that failed, there are pages up to the next 2 MiB. */
+		if (kvm_gmem_may_have_order(inode, GMEM_ORDER_2M) &&
+		    IS_ALIGNED(index, 1UL << GMEM_ORDER_2M))
+			order = GMEM_ORDER_2M;
+
+		folio = kvm_gmem_alloc_folio(inode, index, order, true);
+		if (!folio && order)
+			folio = kvm_gmem_alloc_folio(inode, index, 0, true);
 		if (!folio)
 			goto out;
 
@@ -464,9 +491,17 @@ static int kvm_gmem_replace_folio(struct inode *inode, struct folio *old)
 	list_for_each_entry_safe(folio, next, &folios, lru) {
 		list_del(&folio->lru);
 
-		/* There's no way back, and it takes a handful of xarray nodes. */
-		filemap_add_folio(mapping, folio, index,
-				  mapping_gfp_mask(mapping) | __GFP_NOFAIL);
+		/*
+		 * There's no way back, and it takes a handful of xarray nodes.
+		 * Charges beyond the limit are forced, nobody is killed.
+		 */
+		if (WARN_ON_ONCE(filemap_add_folio(mapping, folio, index,
+						   mapping_gfp_mask(mapping) |
+						   __GFP_NORETRY | __GFP_NOFAIL))) {
+			index = folio_next_index(folio);
+			folio_put(folio);
+			continue;
+		}
 		if (folio_test_uptodate(old))
 			folio_mark_uptodate(folio);
 		index = folio_next_index(folio);

@@ -16,7 +16,8 @@ static vm_fault_t kvm_gmem_fault_user_mapping(struct vm_fault *vmf)
 	struct folio *folio;
 	vm_fault_t ret;
 
-	if (((loff_t)vmf->pgoff << PAGE_SHIFT) >= i_size_read(inode))
+	/* mremap() lets a mapping grow past what a loff_t can express. */
+	if (vmf->pgoff >= i_size_read(inode) >> PAGE_SHIFT)
 		return VM_FAULT_SIGBUS;
 
 	/* Userspace has no business with private memory. */

@@ -202,19 +202,6 @@ static void setup_l2(struct kvm_vcpu *vcpu, bool nested_paging, uint64_t size, i
 	vcpu_args_set(vcpu, 1, gva);
 }
 
-/*
- * Map the memory in the guest's page tables, with accessed and dirty bits set:
- * the shadow MMU doesn't prefetch what the guest hasn't accessed before.
- */
-static void map_in_guest(struct kvm_vm *vm, uint64_t size, int level)
-{
-	virt_map_level(vm, TEST_GPA, TEST_GPA, size, level);
-
-	for (uint64_t i = 0; i < size; i += PG_LEVEL_SIZE(level))
-		*__vm_get_page_table_entry(vm, TEST_GPA + i, &level) |=
-			PTE_ACCESSED_MASK | PTE_DIRTY_MASK;
-}
-
 static uint64_t other_tag(int page)
 {
 	return (OTHER_TAG << 48) + page;
@@ -334,7 +321,7 @@ static void create_machine(struct machine *machine, const struct config *config)
 	if (!machine->mem)
 		vm_mem_set_private(vm, TEST_GPA, TEST_SIZE / 2);
 
-	map_in_guest(vm, TEST_SIZE, config->guest_level);
+	gmem_map_in_guest(vm, TEST_GPA, TEST_SIZE, config->guest_level);
 	if (config->guest != L1)
 		setup_l2(machine->vcpu, config->guest == L2_NESTED_PAGING,
 			 TEST_SIZE, config->guest_level);
@@ -474,7 +461,7 @@ static void test_host_asked_for_anonymous_memory(void)
 	vcpu_args_set(machine.vcpu, 1, 0ul);
 	mem = map_other_memory(false);
 	vm_set_user_memory_region(machine.vm, TEST_SLOT, 0, TEST_GPA, TEST_SIZE, mem);
-	map_in_guest(machine.vm, TEST_SIZE, config.guest_level);
+	gmem_map_in_guest(machine.vm, TEST_GPA, TEST_SIZE, config.guest_level);
 
 	gfn_probe_read(&host_level_probe);
 	guest_does(&machine, GMEM_ADD, 0, TEST_NPAGES, 1, 1, 0);
@@ -784,7 +771,7 @@ static void create_huge_machine(struct huge_machine *m, uint64_t flags, uint64_t
 	 */
 	vm_ioctl(m->vm, KVM_SET_NR_MMU_PAGES, (void *)4096ul);
 
-	map_in_guest(m->vm, WINDOW_SIZE, level);
+	gmem_map_in_guest(m->vm, TEST_GPA, WINDOW_SIZE, level);
 	if (guest != L1)
 		setup_l2(m->vcpu, guest == L2_NESTED_PAGING, WINDOW_SIZE, level);
 
@@ -1351,7 +1338,7 @@ static void test_huge_private_memory(void)
 
 	vm = __vm_create_shape_with_one_vcpu(shape, &vcpu, 4 * npages, gmem_guest_code);
 	vcpu_args_set(vcpu, 1, 0ul);
-	map_in_guest(vm, size, PG_LEVEL_2M);
+	gmem_map_in_guest(vm, TEST_GPA, size, PG_LEVEL_2M);
 	fd = vm_create_guest_memfd(vm, size, flags);
 	vm_set_user_memory_region2(vm, TEST_SLOT, KVM_MEM_GUEST_MEMFD, TEST_GPA, size,
 				   NULL, fd, 0);

@@ -95,6 +95,10 @@ struct slot {
 	uint64_t npages;
 	/* For what isn't private, if the file is. */
 	uint64_t *shared;
+	/* KVM has no use for it, whatever it is, but updates have to repeat it. */
+	void *hva;
+	/* KVM_MEM_READONLY, KVM_MEM_LOG_DIRTY_PAGES */
+	uint32_t flags;
 	uint64_t stamps[MAX_PAGES];
 	bool private[MAX_PAGES];
 };
@@ -117,7 +121,7 @@ static struct kvm_vm *vm;
 static struct kvm_vcpu *main_vcpu, *noise_vcpu;
 static struct kvm_regs main_regs, noise_regs;
 static bool protected_vm, verbose;
-static uint64_t supported_flags, step, last_stamp;
+static uint64_t supported_flags, supported_slots, step, last_stamp;
 static int nr_poisoned;
 static struct guest_random_state rng;
 
@@ -388,6 +392,15 @@ static void guest_does(struct slot *s, enum work_op op, uint64_t first, uint64_t
 		    first + w->at, s - slots, step, guest_random_seed);
 }
 
+static void guest_writes(struct slot *s, uint64_t first, uint64_t nr)
+{
+	for (uint64_t i = first; i < first + nr; i++) {
+		if (is_usable(s, i))
+			*slot_stamp(s, i) = ++last_stamp;
+	}
+	guest_does(s, WORK_WRITE, first, nr);
+}
+
 /* Check pages of the file in all places where somebody can see them. */
 static void check_file(struct file *f, uint64_t first, uint64_t nr)
 {
@@ -596,20 +609,44 @@ static void *random_hva(struct file *f)
 	return one_in(2) ? NULL : (void *)SZ_1M;
 }
 
-static void bind_shared_file(struct slot *s, uint64_t size)
+static int __set_shared_slot(struct slot *s, uint32_t flags, uint64_t pgoff)
 {
-	/* KVM has no use for it, whatever it is. */
-	vm_set_user_memory_region2(vm, FIRST_SLOT + (s - slots), KVM_MEM_GUEST_MEMFD,
-				   s->gpa, size, random_hva(s->file), s->file->fd,
-				   s->pgoff * PAGE_SIZE);
+	return __vm_set_user_memory_region2(vm, FIRST_SLOT + (s - slots),
+					    KVM_MEM_GUEST_MEMFD | flags, s->gpa,
+					    s->npages * PAGE_SIZE, s->hva, s->file->fd,
+					    pgoff * PAGE_SIZE);
 }
 
-static void bind_private_file(struct slot *s, uint64_t size)
+static void set_shared_slot(struct slot *s, uint32_t flags)
 {
+	int r = __set_shared_slot(s, flags, s->pgoff);
+
+	TEST_ASSERT(!r, "Memslot with flags 0x%x instead of 0x%x, errno %d, step %lu, seed 0x%x",
+		    flags, s->flags, errno, step, guest_random_seed);
+	s->flags = flags;
+}
+
+static void bind_shared_file(struct slot *s)
+{
+	uint32_t flags = 0;
+
+	if (one_in(4) && supported_slots & KVM_GUEST_MEMFD_SLOTS_LOG_DIRTY)
+		flags |= KVM_MEM_LOG_DIRTY_PAGES;
+	if (one_in(8) && supported_slots & KVM_GUEST_MEMFD_SLOTS_READONLY)
+		flags |= KVM_MEM_READONLY;
+
+	s->hva = random_hva(s->file);
+	set_shared_slot(s, flags);
+}
+
+static void bind_private_file(struct slot *s)
+{
+	const uint64_t size = s->npages * PAGE_SIZE;
+
 	s->shared = mmap(NULL, size, PROT_READ | PROT_WRITE,
 			 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	TEST_ASSERT(s->shared != MAP_FAILED, __KVM_SYSCALL_ERROR("mmap()", -1));
-	set_slot(s, KVM_MEM_GUEST_MEMFD, size / PAGE_SIZE, s->file->fd);
+	set_slot(s, KVM_MEM_GUEST_MEMFD, s->npages, s->file->fd);
 }
 
 /* A page of private memory can be bound once. */
@@ -661,9 +698,9 @@ static void do_bind(void)
 	log_step("slot %d: file %ld, pages %lu to %lu, at 0x%lx", i, f - files, pgoff,
 		 pgoff + npages, s->gpa);
 	if (is_shared(f))
-		bind_shared_file(s, npages * PAGE_SIZE);
+		bind_shared_file(s);
 	else
-		bind_private_file(s, npages * PAGE_SIZE);
+		bind_private_file(s);
 
 	WRITE_ONCE(windows[i].gva, s->gpa);
 	WRITE_ONCE(windows[i].npages, npages);
@@ -679,14 +716,58 @@ static void do_unbind(void)
 	delete_slot(s);
 }
 
-/* Toggle dirty logging of the memory that the guest runs in. */
-static void do_log_dirty(void)
+static void toggle_log_of_slot_0(void)
 {
 	static bool on;
 
 	log_step("slot 0: dirty logging");
 	on = !on;
 	vm_mem_region_set_flags(vm, 0, on ? KVM_MEM_LOG_DIRTY_PAGES : 0);
+}
+
+static bool is_dirty(unsigned long *log, uint64_t page)
+{
+	return log[page / BITS_PER_LONG] & BIT(page % BITS_PER_LONG);
+}
+
+/* What the guest writes must be in the log, along with what the noise writes. */
+static void check_log(struct slot *s)
+{
+	static unsigned long log[MAX_PAGES / BITS_PER_LONG];
+	uint64_t first, nr, i;
+
+	if (s->flags & KVM_MEM_READONLY)
+		return;
+
+	random_range(s->npages, &first, &nr);
+	kvm_vm_get_dirty_log(vm, FIRST_SLOT + (s - slots), log);
+	guest_writes(s, first, nr);
+	kvm_vm_get_dirty_log(vm, FIRST_SLOT + (s - slots), log);
+	for (i = first; i < first + nr; i++)
+		TEST_ASSERT(!is_usable(s, i) || is_dirty(log, i),
+			    "Page %lu of slot %ld was written and isn't logged, step %lu, seed 0x%x",
+			    i, s - slots, step, guest_random_seed);
+}
+
+/* Toggle dirty logging, of guest_memfd or of the memory that the guest runs in. */
+static void do_log_dirty(void)
+{
+	struct slot *s = random_slot();
+
+	if (!s || !is_shared(s->file) ||
+	    !(supported_slots & KVM_GUEST_MEMFD_SLOTS_LOG_DIRTY)) {
+		toggle_log_of_slot_0();
+		return;
+	}
+
+	if (one_in(2)) {
+		log_step("slot %ld: dirty logging", s - slots);
+		set_shared_slot(s, s->flags ^ KVM_MEM_LOG_DIRTY_PAGES);
+	}
+	if (s->flags & KVM_MEM_LOG_DIRTY_PAGES) {
+		log_step("slot %ld: check of the log", s - slots);
+		check_log(s);
+	}
 }
 
 static void do_convert(void)
@@ -762,18 +843,14 @@ static void do_vmm_write(void)
 static void do_guest_write(void)
 {
 	struct slot *s = random_slot();
-	uint64_t first, nr, i;
+	uint64_t first, nr;
 
-	if (!s)
+	if (!s || s->flags & KVM_MEM_READONLY)
 		return;
 
 	random_range(s->npages, &first, &nr);
 	log_step("slot %ld: guest writes pages %lu to %lu", s - slots, first, first + nr);
-	for (i = first; i < first + nr; i++) {
-		if (is_usable(s, i))
-			*slot_stamp(s, i) = ++last_stamp;
-	}
-	guest_does(s, WORK_WRITE, first, nr);
+	guest_writes(s, first, nr);
 	check_file(s->file, slot_page(s, first), nr);
 }
 
@@ -1223,6 +1300,12 @@ static void refuse_slots(struct file *f)
 						    s->gpa, PAGE_SIZE, NULL, s->file->fd,
 						    slot_page(s, 0) * PAGE_SIZE),
 		       EEXIST, "Overlapping memslots");
+	if (!is_shared(s->file))
+		return;
+	assert_refused(__set_shared_slot(s, s->flags ^ KVM_MEM_READONLY, s->pgoff), EINVAL,
+		       "Another kind of memslot");
+	assert_refused(__set_shared_slot(s, s->flags ^ KVM_MEM_LOG_DIRTY_PAGES, s->pgoff + 1),
+		       EINVAL, "Another offset");
 }
 
 static void do_refused(void)
@@ -1388,6 +1471,7 @@ static void create_machine(void)
 
 	vm = __vm_create(shape, 2, 4 * NPAGES_2M);
 	supported_flags = vm_check_cap(vm, KVM_CAP_GUEST_MEMFD_FLAGS);
+	supported_slots = vm_check_cap(vm, KVM_CAP_GUEST_MEMFD_SLOTS);
 	main_vcpu = vm_vcpu_add(vm, MAIN_VCPU, guest_main);
 	noise_vcpu = vm_vcpu_add(vm, NOISE_VCPU, guest_noise);
 	vcpu_regs_get(main_vcpu, &main_regs);
@@ -1449,7 +1533,7 @@ static const struct {
 	{ do_fork, 2 },
 	{ do_bind, 30 },
 	{ do_unbind, 8 },
-	{ do_log_dirty, 2 },
+	{ do_log_dirty, 12 },
 	{ do_convert, 20 },
 	{ do_prefault, 5 },
 	{ do_vmm_write, 30 },

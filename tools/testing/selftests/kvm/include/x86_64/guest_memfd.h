@@ -54,6 +54,7 @@ int __gmem_vcpu_run(struct kvm_vcpu *vcpu, const struct gmem_work *work);
 void gmem_vcpu_run(struct kvm_vcpu *vcpu, const struct gmem_work *work);
 void gmem_vcpu_reset(struct kvm_vcpu *vcpu, struct kvm_regs *regs);
 
+void gmem_map_in_guest(struct kvm_vm *vm, uint64_t gpa, uint64_t size, int level);
 void *gmem_mmap(int fd, size_t size, off_t offset);
 int gmem_sigbus_code(void *mem, bool write);
 int gmem_inject_memory_error(void *mem);

@@ -119,6 +119,20 @@ void gmem_vcpu_reset(struct kvm_vcpu *vcpu, struct kvm_regs *regs)
 	vcpu_regs_set(vcpu, regs);
 }
 
+/*
+ * Have the guest map [gpa, gpa + size) as it is, by pages of @level, with accessed
+ * and dirty bits set: the shadow MMU doesn't prefetch what the guest hasn't accessed
+ * before.
+ */
+void gmem_map_in_guest(struct kvm_vm *vm, uint64_t gpa, uint64_t size, int level)
+{
+	virt_map_level(vm, gpa, gpa, size, level);
+
+	for (uint64_t i = 0; i < size; i += PG_LEVEL_SIZE(level))
+		*__vm_get_page_table_entry(vm, gpa + i, &level) |=
+			PTE_ACCESSED_MASK | PTE_DIRTY_MASK;
+}
+
 void *gmem_mmap(int fd, size_t size, off_t offset)
 {
 	void *mem = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset);
