@@ -144,11 +144,11 @@ static void punch_all(struct machine *m)
 }
 
 /* The library's function makes allocations of its own before that. */
-static int set_slot(struct machine *m, uint64_t size)
+static int set_slot(struct machine *m, uint64_t size, uint32_t flags)
 {
 	struct kvm_userspace_memory_region2 region = {
 		.slot = TEST_SLOT,
-		.flags = KVM_MEM_GUEST_MEMFD,
+		.flags = KVM_MEM_GUEST_MEMFD | flags,
 		.guest_phys_addr = TEST_GPA,
 		.memory_size = size,
 		.guest_memfd = m->fd,
@@ -177,23 +177,23 @@ static void close_new(struct machine *m)
 
 static void unbind(struct machine *m)
 {
-	TEST_ASSERT(!set_slot(m, 0), __KVM_SYSCALL_ERROR("KVM_SET_USER_MEMORY_REGION2", -1));
+	TEST_ASSERT(!set_slot(m, 0, 0), __KVM_SYSCALL_ERROR("KVM_SET_USER_MEMORY_REGION2", -1));
 }
 
 static void bind(struct machine *m)
 {
-	TEST_ASSERT(!set_slot(m, TEST_SIZE),
+	TEST_ASSERT(!set_slot(m, TEST_SIZE, 0),
 		    __KVM_SYSCALL_ERROR("KVM_SET_USER_MEMORY_REGION2", -1));
 }
 
 static int try_bind(struct machine *m)
 {
-	return set_slot(m, TEST_SIZE);
+	return set_slot(m, TEST_SIZE, 0);
 }
 
 static int try_unbind(struct machine *m)
 {
-	return set_slot(m, 0);
+	return set_slot(m, 0, 0);
 }
 
 static void *new_mem;
@@ -272,6 +272,30 @@ static void end_guest_fault(struct machine *m)
 	punch_all(m);
 }
 
+/* Logging dirty pages takes another memslot, a bitmap, and smaller mappings. */
+static void map_all(struct machine *m)
+{
+	prepare_guest_fault(m);
+	TEST_ASSERT(!guest_fault(m), __KVM_SYSCALL_ERROR("KVM_RUN", -1));
+}
+
+static int start_logging(struct machine *m)
+{
+	return set_slot(m, TEST_SIZE, KVM_MEM_LOG_DIRTY_PAGES);
+}
+
+static void stop_logging(struct machine *m)
+{
+	bind(m);
+	end_guest_fault(m);
+}
+
+static void map_and_log_all(struct machine *m)
+{
+	map_all(m);
+	TEST_ASSERT(!start_logging(m), __KVM_SYSCALL_ERROR("KVM_SET_USER_MEMORY_REGION2", -1));
+}
+
 static int pre_fault(struct machine *m)
 {
 	struct kvm_pre_fault_memory range = { .gpa = TEST_GPA, .size = m->used };
@@ -338,6 +362,8 @@ static const struct operation operations[] = {
 	{ "fallocate", ALL, punch_all, populate, punch_all },
 	{ "hole", ALL, populate_now, punch_part, punch_all },
 	{ "guest fault", ALL, prepare_guest_fault, guest_fault, end_guest_fault },
+	{ "start of logging", SHARED, map_all, start_logging, stop_logging },
+	{ "end of logging", SHARED, map_and_log_all, try_bind, stop_logging },
 	{ "conversion", PRIVATE, make_shared, convert, make_shared },
 	{ "pre-fault", SHARED, zap_and_punch, pre_fault, punch_all },
 	{ "kvmclock", SHARED, zap_and_punch, enable_kvmclock, disable_kvmclock },

@@ -1329,8 +1329,11 @@ static bool noise_ends;
 static void *noise_vcpu_thread(void *arg)
 {
 	while (!READ_ONCE(noise_ends)) {
-		/* A memslot may be gone, a page may be bad. */
-		if (__vcpu_run(noise_vcpu))
+		int r = __vcpu_run(noise_vcpu);
+
+		/* A memslot may be gone, a page may be bad, also one of a ROM. */
+		if (r || (noise_vcpu->run->exit_reason != KVM_EXIT_IO &&
+			  noise_vcpu->run->exit_reason != KVM_EXIT_MMIO))
 			gmem_vcpu_reset(noise_vcpu, &noise_regs);
 	}
 	return NULL;
