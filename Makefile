@@ -4,7 +4,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 # What the user set goes to the scripts as it was typed: a $ in CMD is the shell's, not make's.
-settings := KERNEL DEBUG KVER QVER KVM_PARAMS MEM CPUS CMD SHARE OUT ACCEL TIMEOUT SILENCE TESTS SUITE L1S TEST_SECONDS ROUNDS JOBS
+settings := KERNEL DEBUG HV KVER QVER KVM_PARAMS MEM CPUS CMD SHARE OUT ACCEL TIMEOUT SILENCE TESTS SUITE L1S TEST_SECONDS ROUNDS JOBS
 $(foreach v,$(settings),$(if $(filter undefined,$(origin $(v))),,$(eval override $(v) := $$(value $(v)))$(eval export $(v))))
 
 .PHONY: help run check shell linux qemu selftests bench series static prefixes export discard clean distclean
@@ -12,7 +12,7 @@ $(foreach v,$(settings),$(if $(filter undefined,$(origin $(v))),,$(eval override
 help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r verb text; do printf '  make %-10s %s\n' "$$verb" "$$text"; done
 	@echo
-	@echo 'Settings: KERNEL=patched|stock|debug|kcsan DEBUG=yes|no KVER= (of linux-source-6.12) QVER= KVM_PARAMS= MEM= CPUS= CMD= SHARE= TESTS= SUITE=full;'
+	@echo 'Settings: KERNEL=patched|stock|debug|kcsan DEBUG=yes|no HV=svm|vmx KVER= (of linux-source-6.12) QVER= KVM_PARAMS= MEM= CPUS= CMD= SHARE= TESTS= SUITE=full;'
 	@echo 'each is explained at the top of the script lab/VERB.  Output and logs: build/.  Caches: $${XDG_CACHE_HOME:-~/.cache}/gmem.'
 
 run: ## build everything, boot L1, run a Debian VM in it with all its RAM on guest_memfd, and show what maps it

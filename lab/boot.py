@@ -19,6 +19,8 @@ import tempfile
 import termios
 import time
 
+import bochs
+
 BUILD = "/gmem/build"
 TIMED_OUT, NO_L1 = 124, 125
 
@@ -53,13 +55,15 @@ def nesting():
 TCG_CPU = "max,erms=off,fsrm=off,fzrm=off,fsrs=off,fsrc=off"
 
 
-def accelerator(wanted):
+def accelerator(wanted, vendor):
+    """QEMU's arguments, or None for Bochs: TCG has no VMX."""
     found = nesting()
-    if wanted == "kvm" or (not wanted and found):
+    if wanted == "kvm" or (not wanted and found and vendor in ("", found)):
         say(f"L1 runs under KVM, which offers it {found or 'no nesting'}")
         return ["-accel", "kvm", "-cpu", "host"]
-    say("L1 runs under TCG" + ("" if wanted else ": KVM of this machine, if any, offers no nesting"))
-    return ["-accel", "tcg,thread=multi", "-cpu", TCG_CPU]
+    emulator = "Bochs" if vendor == "vmx" else "TCG"
+    say(f"L1 runs under {emulator}" + ("" if wanted else f": KVM of this machine, if any, offers no {vendor or 'nesting'}"))
+    return None if vendor == "vmx" else ["-accel", "tcg,thread=multi", "-cpu", TCG_CPU]
 
 
 def nodes(memory, cpus):
@@ -79,9 +83,9 @@ def share(name, path, readonly=True):
             "-device", f"virtio-9p-pci,fsdev={name},mount_tag={name}"]
 
 
-def arguments(options, work, pipes):
+def arguments(options, accel, work, pipes):
     root = "root=root rootfstype=9p rootflags=trans=virtio,version=9p2000.L,msize=524288,cache=loose ro"
-    args = ["/gmem/repo/lab/bin/qemu-system-x86_64", "-machine", "q35", *accelerator(options.accel),
+    args = ["/gmem/repo/lab/bin/qemu-system-x86_64", "-machine", "q35", *accel,
             "-m", f"{options.memory // 2 * 2}M", *nodes(options.memory, options.cpus),
             "-nodefaults", "-display", "none", "-no-reboot", "-serial", f"file:{work}/console",
             "-kernel", f"{BUILD}/{options.flavour}/bzImage",
@@ -101,6 +105,15 @@ def arguments(options, work, pipes):
 
 def die_with_parent():
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def start(options, work, pipes):
+    """Run L1, as a context that gives a Popen object.  Without pipes it talks to the terminal."""
+    accel = accelerator(options.accel, options.vendor)
+    if not accel:
+        return bochs.start(options, work, pipes.values(), die_with_parent)
+    return subprocess.Popen(arguments(options, accel, work, pipes), pass_fds=pipes.values(), preexec_fn=die_with_parent,
+                            stdin=subprocess.DEVNULL if pipes else None, stdout=2 if pipes else None)
 
 
 class Stream:
@@ -127,7 +140,7 @@ class Stream:
             text = text[os.write(self.out, text):]
 
 
-def watch(qemu, streams, options):
+def watch(l1, streams, options):
     """Hand output on until both streams have ended; the command's status, or None if L1 has to be given up."""
     started = heard = time.monotonic()
     with selectors.DefaultSelector() as selector:
@@ -146,19 +159,19 @@ def watch(qemu, streams, options):
             if options.silence and now - heard > options.silence:
                 say(f"L1 is killed: it printed nothing for {options.silence} s")
                 return TIMED_OUT
-            if qemu.poll() is not None and not selector.select(timeout=0):
+            if l1.poll() is not None and not selector.select(timeout=0):
                 say("L1 is gone before its command ended")
                 return NO_L1
     return None
 
 
-def interactive(qemu, work):
+def interactive(l1, work):
     try:
         saved = termios.tcgetattr(0)
     except termios.error:
         saved = None
     try:
-        qemu.wait()
+        l1.wait()
     finally:
         if saved:
             termios.tcsetattr(0, termios.TCSADRAIN, saved)
@@ -184,19 +197,20 @@ def run(options, work):
         with open(f"{work}/tty", "w", encoding="ascii") as file:
             file.write(f"rows {size.lines} cols {size.columns}\n")
     pipes = {name: stream.write for name, stream in streams.items()}
-    with subprocess.Popen(arguments(options, work, pipes), pass_fds=pipes.values(), preexec_fn=die_with_parent,
-                          stdin=subprocess.DEVNULL if streams else None, stdout=2 if streams else None) as qemu:
+    with start(options, work, pipes) as l1:
         try:
             if not streams:
-                return interactive(qemu, work)
-            given_up = watch(qemu, list(streams.values()), options)
+                return interactive(l1, work)
+            given_up = watch(l1, list(streams.values()), options)
         finally:
-            qemu.kill()
+            l1.kill()
     if given_up is None:
         return streams["out"].status
-    say("the end of its console:")
-    with open(f"{work}/console", "rb") as file:
-        sys.stderr.write("".join(line.decode(errors="replace") for line in file.readlines()[-25:]))
+    for name in ("console", "bochs"):
+        if os.path.exists(f"{work}/{name}"):
+            say(f"the end of its {name}:")
+            with open(f"{work}/{name}", "rb") as file:
+                sys.stderr.write("".join(line.decode(errors="replace") for line in file.readlines()[-25:]))
     return given_up
 
 
@@ -206,7 +220,7 @@ def stop(number, _frame):
 
 def main():
     parser = argparse.ArgumentParser()
-    for name in ("flavour", "params", "accel", "command"):
+    for name in ("flavour", "params", "vendor", "accel", "command"):
         parser.add_argument(f"--{name}")
     for name in ("memory", "cpus", "timeout", "silence"):
         parser.add_argument(f"--{name}", type=int)

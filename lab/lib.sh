@@ -24,6 +24,10 @@ source=patched
 [ "$KERNEL" != stock ] || source=stock
 jobs_flag=-j${JOBS:-$(nproc)}
 
+# What KVM in L1 shall use; nothing is svm, or what there is on a machine that can nest.
+export HV=${HV-}
+[[ $HV = @(|svm|vmx) ]] || { echo "lab: HV is svm or vmx, not '$HV'" >&2; exit 1; }
+
 sudo=
 [ "$EUID" = 0 ] || sudo=sudo
 

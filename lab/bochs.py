@@ -1,0 +1,165 @@
+"""L1 on Bochs, whose CPU has VMX with EPT.  lab/boot.py uses it.
+
+Bochs knows neither virtio nor 9p, so L1 boots from a CD, finds its files on disks, and hands out what it prints over serial
+ports: the console on the first one, the command's stdout and stderr on the next two, or its terminal on the second.
+
+    sda   the Debian tree, made by lab/l1-disk
+    sdb   /gmem and /share: copies of what L1 needs of this checkout, and of SHARE=
+    sdc   /run/work, written through, so that what a killed L1 wrote is there
+"""
+
+import contextlib
+import os
+import pty
+import shutil
+import subprocess
+import tempfile
+import threading
+
+BUILD = "/gmem/build"
+ROOT = "/gmem/l1/root.ext4"
+# Bochs keeps no more than that of L1's memory in its own; what is in use beyond is in a temporary file.
+HOST_MB = 2048
+
+# What a second is to L1, in instructions.  Bochs gets about 80 million done in one of a CPU of today.
+IPS = 100_000_000
+
+# With smaller blocks of memory Bochs hangs at its start if there are more than 5 GiB.
+CONFIG = """\
+config_interface: textconfig
+display_library: term
+romimage: file=/usr/share/bochs/BIOS-bochs-latest, options=fastboot
+vgaromimage: file=/usr/share/bochs/VGABIOS-lgpl-latest
+cpu: model=corei7_skylake_x, count={cpus}, ips={ips}
+memory: guest={memory}, host={host}, block_size=1024
+clock: sync=none, time0=utc
+vga: update_freq=1, realtime=0
+log: {log}
+panic: action=fatal
+error: action=ignore
+info: action=ignore
+debug: action=ignore
+ata0: enabled=1, ioaddr1=0x1f0, ioaddr2=0x3f0, irq=14
+ata1: enabled=1, ioaddr1=0x170, ioaddr2=0x370, irq=15
+ata0-master: type=disk, mode=volatile, path={root}, journal={work}/root.redolog
+ata0-slave: type=disk, mode=flat, path={work}/files.ext4
+ata1-master: type=disk, mode=flat, path={work}/work.ext4
+ata1-slave: type=cdrom, path={work}/cd.iso, status=inserted
+boot: cdrom
+com1: enabled=1, mode=file, dev={console}
+"""
+
+GRUB = """\
+set timeout=0
+menuentry L1 {{
+	linux /bzImage {line}
+}}
+"""
+
+
+def make_disk(path, folder, extra):
+    """An ext4 file system with what is in `folder`, and room for `extra` MiB more."""
+    used = int(subprocess.check_output(["du", "-sm", "--apparent-size", folder]).split()[0])
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal,^resize_inode", "-E", "root_owner=0:0", "-b", "4096",
+                    "-m", "0", "-d", folder, path, f"{used + used // 8 + extra}M"], check=True)
+
+
+def copy(source, target):
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    subprocess.run(["cp", "-a", source, target], check=True)
+
+
+def make_files(options, work):
+    """The disk with what L1 shows as /gmem and /share."""
+    folder = f"{work}/files"
+    for path in ("repo", "build", "l2", "share"):
+        os.makedirs(f"{folder}/{path}")
+    copy("/gmem/repo/lab", f"{folder}/repo/lab")
+    copy(f"{BUILD}/{options.flavour}/lib/modules", f"{folder}/build/{options.flavour}/lib/modules")
+    for name in os.listdir(BUILD):
+        if name.startswith("selftests-"):
+            copy(f"{BUILD}/{name}", f"{folder}/build/{name}")
+    if options.share:
+        copy("/share/.", f"{folder}/share")
+    make_disk(f"{work}/files.ext4", folder, 16)
+    shutil.rmtree(folder)
+
+
+def make_cd(options, work):
+    folder = f"{work}/cd"
+    os.makedirs(f"{folder}/boot/grub")
+    copy(f"{BUILD}/{options.flavour}/bzImage", f"{folder}/bzImage")
+    # The nodes that QEMU has by its -numa.  No posted interrupts: Bochs wants their descriptors to be aligned to a page, and
+    # refuses to enter the guest.
+    line = ("console=ttyS0,115200 panic=-1 log_buf_len=8M root=/dev/sda rootfstype=ext4 ro numa=fake=2 init=/bin/sh "
+            f"kvm_intel.enable_apicv=0 {options.params} -- -c 'mount -r /dev/sdb /gmem && exec /gmem/repo/lab/l1-init {options.flavour} bochs'")
+    with open(f"{folder}/boot/grub/grub.cfg", "w", encoding="ascii") as file:
+        file.write(GRUB.format(line=line))
+    subprocess.run(["grub-mkrescue", "-o", f"{work}/cd.iso", folder], check=True,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+class Bochs:
+    """The methods of subprocess.Popen that boot.py uses."""
+
+    def __init__(self, process, collect):
+        self.process, self.collect = process, collect
+        self.poll = process.poll
+
+    def wait(self):
+        self.process.wait()
+        self.collect()
+
+    def kill(self):
+        if self.process.returncode is None:
+            self.process.kill()
+            self.wait()
+
+
+@contextlib.contextmanager
+def start(options, kept, ports, preexec_fn):
+    """Run L1 in Bochs; `kept` is the folder that L1 may write to, `ports` get the command's stdout and stderr."""
+    os.makedirs(f"{BUILD}/l1", exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=f"{BUILD}/l1") as work:
+        make_files(options, work)
+        make_cd(options, work)
+        os.mkdir(f"{work}/work")
+        for name in os.listdir(kept):
+            if name in ("mark", "command", "tty"):
+                copy(f"{kept}/{name}", f"{work}/work/{name}")
+        make_disk(f"{work}/work.ext4", f"{work}/work", 256)
+        config = CONFIG.format(cpus=options.cpus, ips=IPS, memory=options.memory, host=min(options.memory, HOST_MB), root=ROOT, work=work, log=f"{kept}/bochs.log",
+                               console=f"{kept}/console")
+        if ports:
+            for com, port in zip(("com2", "com3"), ports):
+                config += f"{com}: enabled=1, mode=file, dev=/dev/fd/{port}\n"
+        else:
+            config += f"com2: enabled=1, mode=term, dev={os.ttyname(0)}\n"
+        with open(f"{work}/bochsrc", "w", encoding="ascii") as file:
+            file.write(config)
+        # Debian's Bochs starts in its debugger.
+        with open(f"{work}/debugger", "w", encoding="ascii") as file:
+            file.write("c\n")
+
+        def collect():
+            subprocess.run(["debugfs", "-R", f"rdump / {kept}", f"{work}/work.ext4"], check=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            os.rmdir(f"{kept}/lost+found")
+
+        # It needs a terminal for its display, and waits for somebody to read that.
+        screen, tty = pty.openpty()
+        process = subprocess.Popen(["bochs", "-q", "-f", f"{work}/bochsrc", "-rc", f"{work}/debugger"], cwd=work,
+                                   stdin=subprocess.DEVNULL, stdout=tty, stderr=tty, pass_fds=ports, preexec_fn=preexec_fn,
+                                   env={**os.environ, "TERM": "vt100"})
+        os.close(tty)
+        threading.Thread(target=drain, args=(screen, f"{kept}/bochs"), daemon=True).start()
+        yield Bochs(process, collect)
+
+
+def drain(screen, path):
+    with open(path, "wb", buffering=0) as file:
+        try:
+            while data := os.read(screen, 1 << 16):
+                file.write(data)
+        except OSError:
+            pass
