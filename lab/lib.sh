@@ -92,3 +92,15 @@ lay_out() {
 	in_tree git -C "/gmem/build/$2" checkout -q --detach base
 	echo "$3" >"$build/$2/.git/gmem-base"
 }
+
+# Parameters that turn nested paging off; one of the other vendor's module does nothing.
+shadow='kvm_amd.npt=0 kvm_intel.ept=0'
+
+# mode PARAMS: a name for these parameters and HV that can be a file's
+mode() {
+	local name=${1// /,}
+	[ "$1" != "$shadow" ] || name=kvm_amd.npt=0
+	[ "$HV" != vmx ] || name=vmx-${name/kvm_amd.npt/kvm_intel.ept}
+	[ -n "$1" ] || name+=default
+	echo "$name"
+}
