@@ -4,10 +4,10 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 # What the user set goes to the scripts as it was typed: a $ in CMD is the shell's, not make's.
-settings := KERNEL DEBUG HV KVER QVER KVM_PARAMS MEM CPUS CMD SHARE OUT ACCEL TIMEOUT SILENCE TESTS SUITE L1S TEST_SECONDS ROUNDS JOBS
+settings := KERNEL DEBUG HV KVER QVER KVM_PARAMS MEM CPUS CMD SHARE OUT ACCEL TIMEOUT SILENCE TESTS SUITE CELL AGAIN L1S TEST_SECONDS ROUNDS JOBS
 $(foreach v,$(settings),$(if $(filter undefined,$(origin $(v))),,$(eval override $(v) := $$(value $(v)))$(eval export $(v))))
 
-.PHONY: help run check shell linux qemu selftests bench series static prefixes export discard clean distclean
+.PHONY: help run check matrix shell linux qemu selftests bench series static prefixes export discard clean distclean
 
 help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r verb text; do printf '  make %-10s %s\n' "$$verb" "$$text"; done
@@ -19,6 +19,8 @@ run: ## build everything, boot L1, run a Debian VM in it with all its RAM on gue
 	@lab/run
 check: ## run the tests; TESTS='a b' picks some, SUITE=full runs all KVM selftests and compares them with the stock kernel
 	@lab/check
+matrix: ## run the series' tests and the full suite on AMD and Intel in all three MMUs; CELL='vmx/*' picks some
+	@lab/matrix
 shell: ## a root shell in L1, or that command with CMD='...'; SHARE=DIR is shown at /share
 	@lab/linux && lab/qemu && lab/shell
 linux: ## build L1's kernel: base plus series, KERNEL=stock without the series, KERNEL=debug with KASAN and the like
