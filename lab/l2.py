@@ -1,8 +1,10 @@
 """An L2 whose RAM is on guest_memfd, started from inside L1, and what KVM, QEMU and the file know about it."""
 
+import ctypes
 import fcntl
 import glob
 import json
+import mmap
 import os
 import re
 import shutil
@@ -26,9 +28,9 @@ MIB = 1 << 20
 GIB = 1 << 30
 MEM_LOG_DIRTY_PAGES, MEM_READONLY, MEM_GUEST_MEMFD = 1, 2, 4
 
-
 GUEST_MEMFD_FLAG_HUGE_2M = 1 << 16
-KVM_CREATE_VM, KVM_CHECK_EXTENSION, KVM_CAP_GUEST_MEMFD_FLAGS = 0xae01, 0xae03, 244
+KVM_CREATE_VM, KVM_CHECK_EXTENSION, KVM_CAP_GUEST_MEMFD_FLAGS, KVM_CAP_GUEST_MEMFD_SLOTS = 0xae01, 0xae03, 244, 0x474d01
+GUEST_MEMFD_SLOTS_LOG_DIRTY = 1 << 2
 KSFT_SKIP = 4
 
 
@@ -42,16 +44,26 @@ def skip(reason):
     sys.exit(KSFT_SKIP)
 
 
-def guest_memfd_flags():
-    """The flags that KVM_CREATE_GUEST_MEMFD takes on a default VM."""
+def check_extension(capability):
+    """What KVM says about a capability of a default VM."""
     try:
         with open("/dev/kvm", "rb") as kvm:
             vm = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
     except OSError as error:
         skip(f"no VM: {error}")
-    flags = fcntl.ioctl(vm, KVM_CHECK_EXTENSION, KVM_CAP_GUEST_MEMFD_FLAGS)
+    result = fcntl.ioctl(vm, KVM_CHECK_EXTENSION, capability)
     os.close(vm)
-    return flags
+    return result
+
+
+def guest_memfd_flags():
+    """The flags that KVM_CREATE_GUEST_MEMFD takes on a default VM."""
+    return check_extension(KVM_CAP_GUEST_MEMFD_FLAGS)
+
+
+def logs_dirty_pages():
+    """Whether KVM logs dirty pages of a guest_memfd."""
+    return bool(check_extension(KVM_CAP_GUEST_MEMFD_SLOTS) & GUEST_MEMFD_SLOTS_LOG_DIRTY)
 
 
 def two_dimensional_paging():
@@ -67,6 +79,12 @@ def require_guest_memfd():
     """Skip the test where a default VM's memory cannot be on guest_memfd."""
     if ACCEL == "kvm" and not guest_memfd_flags():
         skip("this kernel has no guest_memfd for default VMs")
+
+
+def require_dirty_log():
+    """Skip the test where a VM on guest_memfd cannot be migrated or saved."""
+    if not logs_dirty_pages():
+        skip("this kernel does not log dirty pages of a guest_memfd")
 
 
 def backend_options():
@@ -138,6 +156,92 @@ def replay_slots(log):
     return sorted(slots.values(), key=lambda slot: (slot.space, slot.gpa))
 
 
+def add_to_initrd(directory, files):
+    """L2's initrd with more behind it, in `directory`: {path in L2: path of a file here, or a script's text}."""
+    root = os.path.join(directory, "root")
+    for path, source in files.items():
+        place = os.path.join(root, path.lstrip("/"))
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        if source.startswith("#!"):
+            with open(place, "w", encoding="utf-8") as file:
+                file.write(source)
+        else:
+            shutil.copy(source, place)
+        os.chmod(place, 0o755)
+    initrd = os.path.join(directory, "initrd")
+    shutil.copy(f"{IMAGE}/initrd", initrd)
+    with open(initrd, "ab") as file:
+        # Linux looks for the next archive at a multiple of 4.
+        file.write(bytes(-file.tell() % 4))
+        file.flush()
+        subprocess.run("find . | cpio -o -H newc -R 0:0 --quiet", shell=True, check=True, stdout=file, cwd=root)
+    shutil.rmtree(root)
+    return initrd
+
+
+def build(directory, name, *options):
+    """Build a program of lab/tests, by default one that runs in L2, and return its path."""
+    program = os.path.join(directory, name)
+    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", f"{name}.c")
+    subprocess.run(["cc", "-O2", *(options or ["-static"]), "-o", program, source], check=True)
+    return program
+
+
+def run_cases(cases, names):
+    """Run the functions named, or all, as TAP; the status to exit with."""
+    unknown = [name for name in names if name not in cases]
+    if unknown:
+        sys.exit(f"{' '.join(unknown)}: there are {' '.join(cases)}")
+    names = names or list(cases)
+    failed = 0
+    print("TAP version 13")
+    print(f"1..{len(names)}", flush=True)
+    for number, name in enumerate(names, 1):
+        started = time.monotonic()
+        try:
+            cases[name]()
+            result = "ok"
+        except Failure as failure:
+            print("\n".join(f"# {line}" for line in str(failure).splitlines()))
+            result = "not ok"
+            failed += 1
+        print(f"{result} {number} {name} # {time.monotonic() - started:.0f} s", flush=True)
+    return 1 if failed else 0
+
+
+class File:
+    """A file of another process, such as a guest_memfd, mapped here.  Looking at it allocates nothing."""
+
+    SYS_PIDFD_GETFD = 438
+
+    def __init__(self, pid, fd, size):
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        process = os.pidfd_open(pid)
+        self.fd = self.libc.syscall(self.SYS_PIDFD_GETFD, process, fd, 0)
+        os.close(process)
+        if self.fd < 0:
+            raise OSError(ctypes.get_errno(), "pidfd_getfd")
+        self.size = size
+        self.map = mmap.mmap(self.fd, size, mmap.MAP_SHARED)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
+
+    def held(self):
+        """One byte per page of 4 KiB: 1 if the file holds it."""
+        vector = ctypes.create_string_buffer(self.size // 4096)
+        if self.libc.mincore(ctypes.c_void_p(self.address), ctypes.c_size_t(self.size), vector):
+            raise OSError(ctypes.get_errno(), "mincore")
+        return bytes(byte & 1 for byte in vector.raw)
+
+    def madvise(self, offset, size, advice):
+        if self.libc.madvise(ctypes.c_void_p(self.address + offset), ctypes.c_size_t(size), advice):
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
+
+    def close(self):
+        self.map.close()
+        os.close(self.fd)
+
+
 class L2:
     """A running L2.  Use it in a `with` statement: nothing of it is left afterwards, however that ends."""
 
@@ -179,6 +283,11 @@ class L2:
         os.close(self.input)
         shutil.rmtree(self.directory)
 
+    def kill(self):
+        """End QEMU, and with it its memory, before the `with` statement ends."""
+        self.qemu.kill()
+        self.qemu.wait()
+
     @staticmethod
     def _read(path):
         try:
@@ -189,6 +298,10 @@ class L2:
 
     def console(self):
         return self._read(self.console_path)
+
+    def errors(self):
+        """What QEMU has printed."""
+        return self._read(self.errors_path)
 
     def fail(self, what):
         """Raise a Failure that carries the last lines L2 and QEMU printed."""
@@ -266,6 +379,25 @@ class L2:
         except ConnectionError:
             pass
         return self.fail(f"QEMU closed its monitor at {command}")
+
+    def hmp(self, line):
+        """Run a command of the human monitor; what it prints is an error."""
+        text = self.qmp("human-monitor-command", **{"command-line": line})
+        if text.strip():
+            raise Failure(f"{line}: {text.strip()}")
+
+    def wait_for(self, what, condition, timeout=120):
+        """Poll until the condition holds, and return it."""
+        deadline = time.monotonic() + timeout
+        while True:
+            result = condition()
+            if result:
+                return result
+            if self.qemu.poll() is not None:
+                self.fail(f"QEMU ended with status {self.qemu.returncode}, waiting for {what}")
+            if time.monotonic() > deadline:
+                self.fail(f"{what}: not within {timeout} s")
+            time.sleep(0.2)
 
     def slots(self):
         """The live memslots."""
