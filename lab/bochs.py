@@ -10,11 +10,9 @@ ports: the console on the first one, the command's stdout and stderr on the next
 
 import contextlib
 import os
-import pty
 import shutil
 import subprocess
 import tempfile
-import threading
 
 BUILD = "/gmem/build"
 ROOT = "/gmem/l1/root.ext4"
@@ -26,10 +24,9 @@ IPS = 100_000_000
 
 # With smaller blocks of memory Bochs hangs at its start if there are more than 5 GiB.
 CONFIG = """\
-config_interface: textconfig
-display_library: term
+display_library: nogui
 romimage: file=/usr/share/bochs/BIOS-bochs-latest, options=fastboot
-vgaromimage: file=/usr/share/bochs/VGABIOS-lgpl-latest
+vgaromimage: file=/usr/share/vgabios/vgabios.bin
 cpu: model=corei7_skylake_x, count={cpus}, ips={ips}
 memory: guest={memory}, host={host}, block_size=1024
 clock: sync=none, time0=utc
@@ -89,10 +86,9 @@ def make_cd(options, work):
     folder = f"{work}/cd"
     os.makedirs(f"{folder}/boot/grub")
     copy(f"{BUILD}/{options.flavour}/bzImage", f"{folder}/bzImage")
-    # CPUID has the frequency of the real CPU, by which a second would be 35 times as long.  Nodes as by QEMU's -numa.  No
-    # posted interrupts: Bochs does not enter a guest whose descriptor is not aligned to a page.
+    # CPUID has the frequency of the real CPU, by which a second would be 35 times as long.  Nodes as by QEMU's -numa.
     line = ("console=ttyS0,115200 panic=-1 log_buf_len=8M root=/dev/sda rootfstype=ext4 ro numa=fake=2 "
-            f"tsc_early_khz={IPS // 1000} kvm_intel.enable_apicv=0 {options.params} init=/bin/sh "
+            f"tsc_early_khz={IPS // 1000} {options.params} init=/bin/sh "
             f"-- -c 'mount -r /dev/sdb /gmem && exec /gmem/repo/lab/l1-init {options.flavour} bochs'")
     with open(f"{folder}/boot/grub/grub.cfg", "w", encoding="ascii") as file:
         file.write(GRUB.format(line=line))
@@ -138,29 +134,13 @@ def start(options, kept, ports, preexec_fn):
             config += f"com2: enabled=1, mode=term, dev={os.ttyname(0)}\n"
         with open(f"{work}/bochsrc", "w", encoding="ascii") as file:
             file.write(config)
-        # Debian's Bochs starts in its debugger.
-        with open(f"{work}/debugger", "w", encoding="ascii") as file:
-            file.write("c\n")
 
         def collect():
             subprocess.run(["debugfs", "-R", f"rdump / {kept}", f"{work}/work.ext4"], check=True,
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             os.rmdir(f"{kept}/lost+found")
 
-        # It needs a terminal for its display, and waits for somebody to read that.
-        screen, tty = pty.openpty()
-        process = subprocess.Popen(["bochs", "-q", "-f", f"{work}/bochsrc", "-rc", f"{work}/debugger"], cwd=work,
-                                   stdin=subprocess.DEVNULL, stdout=tty, stderr=tty, pass_fds=ports, preexec_fn=preexec_fn,
-                                   env={**os.environ, "TERM": "vt100"})
-        os.close(tty)
-        threading.Thread(target=drain, args=(screen, f"{kept}/bochs"), daemon=True).start()
+        with open(f"{kept}/bochs", "wb") as file:
+            process = subprocess.Popen([f"{BUILD}/bochs/bochs", "-q", "-f", f"{work}/bochsrc"], stdin=subprocess.DEVNULL,
+                                       stdout=file, stderr=file, pass_fds=ports, preexec_fn=preexec_fn)
         yield Bochs(process, collect)
-
-
-def drain(screen, path):
-    with open(path, "wb", buffering=0) as file:
-        try:
-            while data := os.read(screen, 1 << 16):
-                file.write(data)
-        except OSError:
-            pass
