@@ -870,12 +870,12 @@ static void test_page_tables(struct machine *m)
  */
 #define L2_STACK_WORDS	64
 
+/* On VMX, L1 resumes L2 with its own registers: keep nothing in any of them. */
 static void l2_code(void)
 {
-	uint64_t *word = (uint64_t *)AREA_GPA;
-
 	for (;;) {
-		asm volatile("lock incq %0" : "+m" (*word));
+		asm volatile("movabs %0, %%rax\n\t"
+			     "lock incq (%%rax)" : : "i" (AREA_GPA) : "rax", "cc", "memory");
 		asm volatile("vmcall" : : : "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "r8",
 			     "r9", "r10", "r11", "r12", "r13", "r14", "r15", "memory");
 	}
