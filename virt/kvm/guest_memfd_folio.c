@@ -312,7 +312,7 @@ static struct folio *kvm_gmem_add_gigantic_folio(struct inode *inode, pgoff_t in
 static struct folio *kvm_gmem_add_folio(struct inode *inode, pgoff_t index,
 					bool populate)
 {
-	struct folio *folio = NULL;
+	struct folio *folio = ERR_PTR(-ENOMEM);
 	int i, order, asked = -1;
 
 	for (i = 0; i < ARRAY_SIZE(kvm_gmem_orders); i++) {
