@@ -4,7 +4,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 # What the user set goes to the scripts as it was typed: a $ in CMD is the shell's, not make's.
-settings := KERNEL DEBUG HV KVER QVER KVM_PARAMS MEM CPUS CMD SHARE OUT ACCEL TIMEOUT SILENCE TESTS SUITE CELL AGAIN L1S TEST_SECONDS ROUNDS JOBS
+settings := KERNEL DEBUG HV KVER QVER KVM_PARAMS MEM CPUS CMD SHARE OUT ACCEL TIMEOUT SILENCE TESTS SUITE CELL AGAIN L1S TEST_SECONDS ROUNDS ONLY PLUGIN JOBS
 $(foreach v,$(settings),$(if $(filter undefined,$(origin $(v))),,$(eval override $(v) := $$(value $(v)))$(eval export $(v))))
 
 .PHONY: help run check matrix shell linux qemu selftests bench series static prefixes export discard clean distclean
@@ -29,7 +29,7 @@ qemu: ## build QEMU with the series
 	@lab/qemu
 selftests: ## build the KVM selftests
 	@lab/selftests
-bench: ## time a guest's first touch of memory by what backs it, on a kernel without lockdep
+bench: ## measure what a guest's memory costs by what backs it: a table, samples and plots in build/bench/
 	@lab/bench
 series: ## the mailable form of both series, with cover letters, in build/series/, checked by checkpatch
 	@lab/mail

@@ -95,6 +95,8 @@ def arguments(options, accel, work, pipes):
             "-device", "virtio-serial-pci"]
     if options.share:
         args += share("share", "/share")
+    if options.plugin:
+        args += ["-plugin", options.plugin]
     if options.command is None:
         return [*args, "-chardev", "stdio,id=tty,signal=off", "-device", "virtconsole,chardev=tty"]
     for name, pipe in pipes.items():
@@ -220,7 +222,7 @@ def stop(number, _frame):
 
 def main():
     parser = argparse.ArgumentParser()
-    for name in ("flavour", "params", "vendor", "accel", "command"):
+    for name in ("flavour", "params", "vendor", "accel", "command", "plugin"):
         parser.add_argument(f"--{name}")
     for name in ("memory", "cpus", "timeout", "silence"):
         parser.add_argument(f"--{name}", type=int)

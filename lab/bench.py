@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""Medians, ratios and plots of what lab/bench measured.
+
+usage: bench.py DIR     reads main.csv, scale.csv, vcpus.csv and windows there, as far as they exist, and writes table.md,
+                        touch.svg, scale.svg, vcpus.svg and the same as PNG
+"""
+
+import collections
+import csv
+import os
+import statistics
+import subprocess
+import sys
+
+NAMES = {
+    "anon_4k": "anonymous 4 KiB", "anon_thp": "anonymous THP", "memfd_thp": "memfd THP", "hugetlb_2m": "HugeTLB 2 MiB",
+    "hugetlb_1g": "HugeTLB 1 GiB", "gmem_4k": "guest_memfd 4 KiB", "gmem_2m": "guest_memfd 2 MiB",
+    "gmem_1g": "guest_memfd 1 GiB", "gmem_4k_mapped": "guest_memfd 4 KiB, mapped",
+    "gmem_2m_mapped": "guest_memfd 2 MiB, mapped", "gmem_1g_mapped": "guest_memfd 1 GiB, mapped",
+}
+UNITS = {"ms": "ms", "us": "µs", "kib": "KiB", "percent": "%"}
+# The order in which lab/bench has the instructions counted.
+COUNTED = ("anon_thp", "hugetlb_2m", "gmem_2m")
+
+
+class Samples:
+    """The samples of a part: values by backing, MiB, vCPUs and figure."""
+
+    def __init__(self, path):
+        self.values = collections.defaultdict(list)
+        with open(path, encoding="ascii", newline="") as file:
+            for row in csv.DictReader(file):
+                key = (row["backing"], int(row["mib"]), int(row["vcpus"]), row["figure"])
+                self.values[key].append(float(row["value"]))
+
+    def median(self, backing, mib, vcpus, figure):
+        values = self.values.get((backing, mib, vcpus, figure))
+        return statistics.median(values) if values else None
+
+    def rounds(self):
+        return max(len(values) for values in self.values.values())
+
+    def each(self, index):
+        return list(dict.fromkeys(key[index] for key in self.values))
+
+
+def load(folder, part):
+    path = os.path.join(folder, f"{part}.csv")
+    return Samples(path) if os.path.exists(path) else None
+
+
+def windows(folder):
+    """Instructions outside of the clearing of pages for each fault, by backing."""
+    path = os.path.join(folder, "windows")
+    if not os.path.exists(path):
+        return {}
+    groups = []
+    with open(path, encoding="ascii") as file:
+        for line in file:
+            if line == "next\n":
+                groups.append([])
+            elif groups:
+                groups[-1].append(int(line))
+    # A timer may interrupt what's no fault; the faults of 256 MiB are the 128 largest.
+    return {name: statistics.median(sorted(group)[-128:]) for name, group in zip(COUNTED, groups) if len(group) >= 128}
+
+
+def ratio(value, base):
+    return f"{value / base:.2f}" if base else "–"
+
+
+def figures_table(samples):
+    mib, backings = 1024, samples.each(0)
+    yield (f"{mib} MiB, one vCPU, medians of {samples.rounds()} rounds; in brackets the ratio to anonymous THP.  What the figures "
+           "are is told at the top of `guest_memfd_perf_test.c`.\n")
+    yield "| figure | " + " | ".join(NAMES[name] for name in backings) + " |"
+    yield "| --- |" + " ---: |" * len(backings)
+    for figure in samples.each(3):
+        name, _, unit = figure.rpartition("_")
+        title = f"{name.replace('_', ' ')}, {UNITS[unit]}" if unit in UNITS else figure
+        base = samples.median("anon_thp", mib, 1, figure)
+        cells = []
+        for backing in backings:
+            value = samples.median(backing, mib, 1, figure)
+            cells.append("–" if value is None else f"{value:.4g}" +
+                         (f" ({ratio(value, base)})" if unit in ("ms", "us") and base else ""))
+        yield f"| {title} | " + " | ".join(cells) + " |"
+
+
+def line_table(samples, axis, index, note):
+    """First touch per GiB; `index` is that of what varies."""
+    points = samples.each(index)
+    yield f"{note}, ms per GiB, medians of {samples.rounds()} rounds.\n"
+    yield f"| {axis} | " + " | ".join(str(point) for point in points) + " |"
+    yield "| --- |" + " ---: |" * len(points)
+    for backing in samples.each(0):
+        cells = []
+        for point in points:
+            mib, vcpus = (point, 1) if index == 1 else (1024, point)
+            value = samples.median(backing, mib, vcpus, "cold_ms")
+            cells.append("–" if value is None else f"{value * 1024 / mib:.1f}")
+        yield f"| {NAMES[backing]} | " + " | ".join(cells) + " |"
+
+
+def goals(main, scale, instructions):
+    """What is to be reached: name, limit, what was measured (None if it was not), and if less is better."""
+    def figure(backing, name):
+        return main.median(backing, 1024, 1, name) if main else None
+
+    def per(a, b):
+        return a / b if a is not None and b else None
+
+    def scaled(mib):
+        value = scale.median("gmem_2m", mib, 1, "cold_ms") if scale else None
+        return value and value / mib
+
+    cold = figure("gmem_2m", "cold_ms")
+    yield "first touch, guest_memfd 2 MiB to anonymous THP", 0.6, per(cold, figure("anon_thp", "cold_ms")), True
+    yield "first touch, guest_memfd 2 MiB to HugeTLB 2 MiB", 0.8, per(cold, figure("hugetlb_2m", "cold_ms")), True
+    yield "first touch, guest_memfd 2 MiB to guest_memfd 4 KiB", 0.1, per(cold, figure("gmem_4k", "cold_ms")), True
+    yield "faults for 1 GiB at 2 MiB", 512, figure("gmem_2m", "faults"), True
+    yield "faults for 1 GiB at 1 GiB", 1, figure("gmem_1g", "faults"), True
+    yield ("instructions of the kernel for a fault, outside of clear_page(), guest_memfd 2 MiB to anonymous THP", 0.6,
+           per(instructions.get("gmem_2m"), instructions.get("anon_thp")), True)
+    yield "KVM's page tables for 1 GiB at 2 MiB, KiB", 32, figure("gmem_2m", "secondary_kib"), True
+    yield "host page tables of an unmapped guest_memfd, KiB", 0, figure("gmem_2m", "host_kib"), True
+    yield "memory back in 2 MiB after dirty logging, %", 99, figure("gmem_2m", "recovered_percent"), False
+    yield ("end of logging and recovery, guest_memfd 2 MiB to HugeTLB 2 MiB", 1,
+           per(sum(filter(None, (figure("gmem_2m", "recovery_ms"), (figure("gmem_2m", "dirty_stop_us") or 0) / 1000))),
+               sum(filter(None, (figure("hugetlb_2m", "recovery_ms"), (figure("hugetlb_2m", "dirty_stop_us") or 0) / 1000)))),
+           True)
+    yield "first touch per GiB, guest_memfd 2 MiB, 8 GiB to 256 MiB", 1.1, per(scaled(8192), scaled(256)), True
+    yield ("warm random access, guest_memfd 2 MiB to HugeTLB 2 MiB", 1.02,
+           per(figure("gmem_2m", "warm_ms"), figure("hugetlb_2m", "warm_ms")), True)
+
+
+def goals_table(main, scale, instructions):
+    yield "| figure | goal | measured | |"
+    yield "| --- | ---: | ---: | --- |"
+    for name, limit, value, less in goals(main, scale, instructions):
+        if value is None:
+            yield f"| {name} | {'≤' if less else '≥'} {limit} | – | not measured |"
+        else:
+            reached = round(value, 3) <= limit if less else value >= limit
+            yield f"| {name} | {'≤' if less else '≥'} {limit} | {value:.4g} | {'reached' if reached else '**missed**'} |"
+
+
+def plot(folder, name, commands, data):
+    """The same picture as SVG and as PNG."""
+    path = os.path.join(folder, name)
+    with open(f"{path}.dat", "w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in data)
+    for terminal, suffix in (("svg size 800,420 font 'sans,12' background 'white'", "svg"), ("png size 800,420", "png")):
+        script = [f"set terminal {terminal}", f"set output '{path}.{suffix}'", "set encoding utf8", "set grid ytics", *commands]
+        subprocess.run(["gnuplot"], input="\n".join(script) + "\n", text=True, check=True)
+
+
+def plot_touch(folder, samples):
+    data = [f'"{NAMES[name]}" {samples.median(name, 1024, 1, "cold_ms")}' for name in samples.each(0)
+            if samples.median(name, 1024, 1, "cold_ms") is not None]
+    plot(folder, "touch", ["set title 'First touch of 1 GiB by the guest'", "set ylabel 'ms'", "set logscale y",
+                           "set style fill solid 0.6", "set boxwidth 0.7", "set xtics rotate by -30", "unset key",
+                           f"plot '{folder}/touch.dat' using 2:xtic(1) with boxes linecolor rgb '#3b6ea5'"], data)
+
+
+def plot_lines(folder, name, samples, index, title, label):
+    points, backings = samples.each(index), samples.each(0)
+    data = []
+    for point in points:
+        mib, vcpus = (point, 1) if index == 1 else (1024, point)
+        values = [samples.median(backing, mib, vcpus, "cold_ms") for backing in backings]
+        data.append(f"{point} " + " ".join("?" if value is None else str(value * 1024 / mib) for value in values))
+    lines = ", ".join(f"'{folder}/{name}.dat' using 1:{i + 2} with linespoints title '{NAMES[backing]}'"
+                      for i, backing in enumerate(backings))
+    plot(folder, name, [f"set title '{title}'", "set ylabel 'ms per GiB'", f"set xlabel '{label}'", "set logscale x 2",
+                        "set yrange [0:*]", "set datafile missing '?'", "set key outside", f"plot {lines}"], data)
+
+
+def main():
+    folder = sys.argv[1]
+    samples = {part: load(folder, part) for part in ("main", "scale", "vcpus")}
+    instructions = windows(folder)
+    text = list(goals_table(samples["main"], samples["scale"], instructions))
+    if samples["main"]:
+        text += ["", *figures_table(samples["main"])]
+        plot_touch(folder, samples["main"])
+    if samples["scale"]:
+        text += ["", *line_table(samples["scale"], "MiB", 1, "First touch by one vCPU")]
+        plot_lines(folder, "scale", samples["scale"], 1, "First touch, by size", "MiB")
+    if samples["vcpus"]:
+        text += ["", *line_table(samples["vcpus"], "vCPUs", 2, "First touch of 1024 MiB by several vCPUs")]
+        plot_lines(folder, "vcpus", samples["vcpus"], 2, "First touch of 1 GiB, by vCPUs", "vCPUs")
+    if instructions:
+        text += ["", "Instructions of the kernel for a fault of 2 MiB, outside of clear_page(), medians of 128: " +
+                 ", ".join(f"{NAMES[name]} {value:.0f}" for name, value in instructions.items()) + "."]
+    with open(os.path.join(folder, "table.md"), "w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in text)
+    print("\n".join(text))
+
+
+main()
