@@ -85,11 +85,6 @@ static void at_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 	}
 }
 
-static void at_exit(qemu_plugin_id_t id, void *unused)
-{
-	fclose(out);
-}
-
 QEMU_PLUGIN_EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv)
 {
 	for (int i = 0; i < argc; i++) {
@@ -110,11 +105,12 @@ QEMU_PLUGIN_EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_
 	}
 	if (!out)
 		return -1;
+	/* L1 may be killed as soon as its command has ended. */
+	setlinebuf(out);
 
 	counts = qemu_plugin_scoreboard_new(sizeof(struct counts));
 	kernel = qemu_plugin_scoreboard_u64_in_struct(counts, struct counts, kernel);
 	began = qemu_plugin_scoreboard_u64_in_struct(counts, struct counts, began);
 	qemu_plugin_register_vcpu_tb_trans_cb(id, at_translation);
-	qemu_plugin_register_atexit_cb(id, at_exit, NULL);
 	return 0;
 }

@@ -15,6 +15,7 @@
 #include <linux/pagemap.h>
 #include <linux/rcupdate_wait.h>
 #include <linux/seq_file.h>
+#include <linux/sizes.h>
 
 #include "guest_memfd.h"
 
@@ -200,15 +201,20 @@ static struct folio *kvm_gmem_alloc_folio(struct inode *inode, pgoff_t index,
 	return folio;
 }
 
+/* How much to zero at once, takes some ten microseconds. */
+#define GMEM_ZERO_CHUNK		SZ_128K
+
 static void kvm_gmem_zero_folio(struct folio *folio, long first, long nr)
 {
-	long i;
+	void *addr = folio_address(folio) + first * PAGE_SIZE;
+	void *end = addr + nr * PAGE_SIZE, *pause;
 
-	for (i = first; i < first + nr; i++) {
-		clear_highpage(folio_page(folio, i));
-		/* Some ten microseconds apart. */
-		if (i % 32 == 31)
-			cond_resched();
+	BUILD_BUG_ON(IS_ENABLED(CONFIG_HIGHMEM));
+
+	while (addr < end) {
+		for (pause = min(addr + GMEM_ZERO_CHUNK, end); addr < pause; addr += PAGE_SIZE)
+			clear_page(addr);
+		cond_resched();
 	}
 }
 
