@@ -66,11 +66,12 @@ def accelerator(wanted, vendor):
     return None if vendor == "vmx" else ["-accel", "tcg,thread=multi", "-cpu", TCG_CPU]
 
 
-def nodes(memory, cpus):
+def nodes(memory, cpus, prealloc):
     """Two nodes with half of the memory each; the CPUs are split as well."""
     args = []
+    option = ",prealloc=on" if prealloc else ""
     for node in range(2):
-        args += ["-object", f"memory-backend-ram,id=node{node},size={memory // 2}M",
+        args += ["-object", f"memory-backend-ram,id=node{node},size={memory // 2}M{option}",
                  "-numa", f"node,nodeid={node},memdev=node{node}"]
     # One socket per CPU: two nodes in a socket make the kernel warn.
     return [*args, "-smp", f"{cpus},sockets={cpus}",
@@ -86,7 +87,7 @@ def share(name, path, readonly=True):
 def arguments(options, accel, work, pipes):
     root = "root=root rootfstype=9p rootflags=trans=virtio,version=9p2000.L,msize=524288,cache=loose ro"
     args = ["/gmem/repo/lab/bin/qemu-system-x86_64", "-machine", "q35", *accel,
-            "-m", f"{options.memory // 2 * 2}M", *nodes(options.memory, options.cpus),
+            "-m", f"{options.memory // 2 * 2}M", *nodes(options.memory, options.cpus, options.prealloc),
             "-nodefaults", "-display", "none", "-no-reboot", "-serial", f"file:{work}/console",
             "-kernel", f"{BUILD}/{options.flavour}/bzImage",
             "-append", f"console=ttyS0 panic=-1 log_buf_len=8M {root} init=/gmem/repo/lab/l1-init {options.params} "
@@ -226,7 +227,7 @@ def main():
         parser.add_argument(f"--{name}")
     for name in ("memory", "cpus", "timeout", "silence"):
         parser.add_argument(f"--{name}", type=int)
-    for name in ("share", "keep"):
+    for name in ("share", "keep", "prealloc"):
         parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):

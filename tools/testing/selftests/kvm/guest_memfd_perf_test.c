@@ -62,6 +62,8 @@
 #define WARM_READS	65536
 
 #define GMEM_SHARED	(GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)
+/* Where there's no 1 GiB, 2 MiB will do. */
+#define GMEM_HUGE	(GUEST_MEMFD_FLAG_HUGE_2M | GUEST_MEMFD_FLAG_HUGE_1G)
 
 enum mark {
 	MARK_BEGIN = 0x67b00001,
@@ -103,10 +105,10 @@ static const struct backing {
 	  true, "1048576kB" },
 	{ "gmem_4k", BACKING_GMEM, 0, 0, SZ_4K, false },
 	{ "gmem_2m", BACKING_GMEM, GUEST_MEMFD_FLAG_HUGE_2M, 0, SZ_2M, false },
-	{ "gmem_1g", BACKING_GMEM, GUEST_MEMFD_FLAG_HUGE_1G, 0, SZ_1G, false },
+	{ "gmem_1g", BACKING_GMEM, GMEM_HUGE, 0, SZ_1G, false },
 	{ "gmem_4k_mapped", BACKING_GMEM, 0, 0, SZ_4K, true },
 	{ "gmem_2m_mapped", BACKING_GMEM, GUEST_MEMFD_FLAG_HUGE_2M, 0, SZ_2M, true },
-	{ "gmem_1g_mapped", BACKING_GMEM, GUEST_MEMFD_FLAG_HUGE_1G, 0, SZ_1G, true },
+	{ "gmem_1g_mapped", BACKING_GMEM, GMEM_HUGE, 0, SZ_1G, true },
 };
 
 struct memory {
@@ -632,7 +634,7 @@ int main(int argc, char *argv[])
 			cold_only = true;
 			break;
 		case 'm':
-			size = atoi_positive("Size in MiB", optarg) * SZ_1M;
+			size = (size_t)atoi_positive("Size in MiB", optarg) * SZ_1M;
 			break;
 		case 'r':
 			rounds = atoi_non_negative("Rounds", optarg);
