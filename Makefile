@@ -9,12 +9,8 @@ $(foreach v,$(settings),$(if $(filter undefined,$(origin $(v))),,$(eval override
 
 .PHONY: help run check matrix shell linux qemu selftests bench series static prefixes export discard clean distclean
 
-help: ## this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r verb text; do printf '  make %-10s %s\n' "$$verb" "$$text"; done
-	@echo
-	@echo 'Settings: KERNEL=patched|stock|debug|kcsan DEBUG=yes|no HV=svm|vmx KVER= (of linux-source-6.12) QVER= KVM_PARAMS= MEM= CPUS= CMD= SHARE= TESTS= SUITE=full;'
-	@echo 'each is explained at the top of the script lab/VERB.  Output and logs: build/.  Caches: $${XDG_CACHE_HOME:-~/.cache}/gmem.'
-
+help: ## this
+	@lab/help
 run: ## build everything, boot L1, run a Debian VM in it with all its RAM on guest_memfd, and show what maps it
 	@lab/run
 check: ## run the tests; TESTS='a b' picks some, SUITE=full runs all KVM selftests and compares them with the stock kernel
