@@ -496,6 +496,86 @@ static int test_flags(uint64_t flags)
 	return nr;
 }
 
+static void check_replaced(struct kvm_vcpu *vcpu, uint64_t *mem, uint64_t hole)
+{
+	const uint64_t npages = SZ_1G / PAGE_SIZE, words = PAGE_SIZE / sizeof(*mem);
+	struct gmem_work work = {
+		.op = GMEM_CHECK,
+		.gva = TEST_GPA,
+		.nr = hole,
+		.stride = PAGE_SIZE,
+		.val = gmem_tag(0),
+		.step = GMEM_TAG_STEP,
+	};
+
+	for (uint64_t i = 0; i < npages; i++)
+		TEST_ASSERT(mem[i * words] == (i == hole ? 0 : gmem_tag(i)),
+			    "VMM sees 0x%lx in page %lu, the hole is page %lu",
+			    mem[i * words], i, hole);
+
+	gmem_vcpu_run(vcpu, &work);
+	work.gva += (hole + 1) * PAGE_SIZE;
+	work.nr = npages - hole - 1;
+	work.val = gmem_tag(hole + 1);
+	gmem_vcpu_run(vcpu, &work);
+}
+
+/*
+ * A hole over a bad page in a folio of 1 GiB has the folio replaced by smaller
+ * ones.  If one of these isn't to be had, its memory is in pages, and what comes
+ * next is where it was.  As the bad folio is lost, this is done once.
+ */
+static int test_replace(void)
+{
+	const uint64_t words = PAGE_SIZE / sizeof(uint64_t), bad = SZ_512M / PAGE_SIZE + 7;
+	struct kvm_vcpu *vcpu;
+	struct kvm_vm *vm;
+	int fd, err, nr = 0;
+	uint64_t *mem;
+
+	vm = __vm_create_shape_with_one_vcpu(VM_SHAPE_DEFAULT, &vcpu, 1024, gmem_guest_code);
+	vcpu_args_set(vcpu, 1, 0ULL);
+	fd = vm_create_guest_memfd(vm, SZ_1G, GMEM_SHARED | GUEST_MEMFD_FLAG_HUGE_2M |
+					      GUEST_MEMFD_FLAG_HUGE_1G);
+	mem = gmem_mmap(fd, SZ_1G, 0);
+	vm_set_user_memory_region2(vm, TEST_SLOT, KVM_MEM_GUEST_MEMFD, TEST_GPA, SZ_1G, NULL,
+				   fd, 0);
+	gmem_map_in_guest(vm, TEST_GPA, SZ_1G, PG_LEVEL_2M);
+
+	for (uint64_t i = 0; i < SZ_1G / PAGE_SIZE; i++)
+		mem[i * words] = gmem_tag(i);
+
+	if (gmem_fdinfo(fd, "gmem_1g") != SZ_1G) {
+		pr_info("There's no 1 GiB of contiguous memory\n");
+		goto out;
+	}
+	err = gmem_inject_memory_error(&mem[bad * words]);
+	if (err == EINVAL || err == EPERM) {
+		pr_info("Cannot inject memory errors, %s\n", strerror(err));
+		goto out;
+	}
+
+	/* One of 512 for 2 MiB, and not of the first ones. */
+	let_fail(20);
+	err = fallocate(fd, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, bad * PAGE_SIZE,
+			PAGE_SIZE) ? errno : 0;
+	TEST_ASSERT(has_failed(), "There were less than 20 allocations");
+	let_fail(0);
+	TEST_ASSERT(!err, "A hole over a bad page failed, %s", strerror(err));
+
+	check_replaced(vcpu, mem, bad);
+	/* What wasn't to be had, and what the hole is in; the check has filled that. */
+	TEST_ASSERT_EQ(gmem_fdinfo(fd, "gmem_4k"), 2 * SZ_2M);
+	TEST_ASSERT_EQ(gmem_fdinfo(fd, "gmem_2m"), SZ_1G - 2 * SZ_2M);
+	pr_info("1 allocation failed while a folio of 1 GiB was replaced\n");
+	nr = 1;
+out:
+	kvm_vm_free(vm);
+	munmap(mem, SZ_1G);
+	close(fd);
+	return nr;
+}
+
 int main(void)
 {
 	static const uint64_t all_flags[] = {
@@ -518,6 +598,8 @@ int main(void)
 		if (!(all_flags[i] & ~supported))
 			nr += test_flags(all_flags[i]);
 	}
+	if (supported & GUEST_MEMFD_FLAG_HUGE_1G)
+		nr += test_replace();
 	pr_info("%d allocations failed\n", nr);
 	return 0;
 }
