@@ -16,7 +16,7 @@
  *			the guest's page tables are among them
  *  secondary_kib	page tables of KVM that this has added, and
  *  host_kib		page tables of this process that the memory has added
- *  warm_ms		each vCPU reads a word of 65536 pages at random
+ *  warm_ms		each vCPU reads a word of 262144 pages at random
  *  dirty_start_us	KVM_MEM_LOG_DIRTY_PAGES is set
  *  dirty_round_ms	each 10th page is written to, after the log was fetched
  *			once, and the log is fetched again
@@ -59,7 +59,7 @@
 #define TEST_SLOT	10
 #define TEST_GPA	SZ_4G
 #define MAX_VCPUS	8
-#define WARM_READS	65536
+#define WARM_READS	262144
 
 #define GMEM_SHARED	(GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)
 /* Where there's no 1 GiB, 2 MiB will do. */
