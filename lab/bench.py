@@ -162,7 +162,7 @@ def plot(folder, name, commands, data):
     path = os.path.join(folder, name)
     with open(f"{path}.dat", "w", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in data)
-    for terminal, suffix in (("svg size 800,420 font 'sans,12' background 'white'", "svg"), ("png size 800,420", "png")):
+    for terminal, suffix in (("svg noenhanced size 800,420 font 'sans,12' background 'white'", "svg"), ("png noenhanced size 800,420", "png")):
         script = [f"set terminal {terminal}", f"set output '{path}.{suffix}'", "set encoding utf8", "set grid ytics", *commands]
         subprocess.run(["gnuplot"], input="\n".join(script) + "\n", text=True, check=True)
 
