@@ -50,11 +50,6 @@ def nesting():
     return None
 
 
-# TCG goes through the bytes of a rep stosb or movsb one by one.  Without these flags Linux zeroes and copies pages by words,
-# several times as fast; with them, that is nearly all of what it takes to touch cold memory, whatever backs it.
-TCG_CPU = "max,erms=off,fsrm=off,fzrm=off,fsrs=off,fsrc=off"
-
-
 def accelerator(wanted, vendor):
     """QEMU's arguments, or None for Bochs: TCG has no VMX."""
     found = nesting()
@@ -63,7 +58,7 @@ def accelerator(wanted, vendor):
         return ["-accel", "kvm", "-cpu", "host"]
     emulator = "Bochs" if vendor == "vmx" else "TCG"
     say(f"L1 runs under {emulator}" + ("" if wanted else f": KVM of this machine, if any, offers no {vendor or 'nesting'}"))
-    return None if vendor == "vmx" else ["-accel", "tcg,thread=multi", "-cpu", TCG_CPU]
+    return None if vendor == "vmx" else ["-accel", "tcg,thread=multi", "-cpu", "max"]
 
 
 def nodes(memory, cpus, prealloc):
@@ -242,4 +237,5 @@ def main():
         shutil.rmtree(work, ignore_errors=True)
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,7 +15,8 @@
 /*
  * A folio was added to the file, or couldn't be if got is negative, i.e. -errno.
  * asked is the biggest order that the file's flags and what it holds already
- * allow for.
+ * allow for.  The folio begins at index rounded down to a multiple of its size.
+ * -EEXIST means that somebody else was faster, and is no failure.
  */
 TRACE_EVENT(guest_memfd_allocate,
 	TP_PROTO(struct inode *inode, pgoff_t index, int asked, int got),
