@@ -160,30 +160,45 @@ out:
 	return page;
 }
 
+#ifndef kvm_arch_gmem_load
+#define kvm_arch_gmem_load(src, val)						\
+({										\
+	*(val) = READ_ONCE(*(src));						\
+	0;									\
+})
+#endif
+
+#define kvm_gmem_load(type, src, data)						\
+({										\
+	type __val;								\
+	int __r = kvm_arch_gmem_load((const type *)(src), &__val);		\
+										\
+	put_unaligned(__val, (type *)(data));					\
+	__r;									\
+})
+
 /*
  * The guest may rely on naturally aligned accesses being done in one piece, e.g.
- * to its page tables.  Everything else survives reading memory that turns out to be
- * bad, as it would through a userspace mapping.
+ * to its page tables.  The host survives reading memory that turns out to be bad,
+ * as it would through a userspace mapping.
  */
 static int kvm_gmem_copy_from_page(struct page *page, int offset, void *data,
 				   int len)
 {
 	void *src = kmap_local_page(page) + offset;
-	unsigned long left = 0;
+	int r;
 
-	if (!IS_ALIGNED(offset, len))
-		left = copy_mc_to_kernel(data, src, len);
-	else if (len == 8)
-		put_unaligned(READ_ONCE(*(u64 *)src), (u64 *)data);
-	else if (len == 4)
-		put_unaligned(READ_ONCE(*(u32 *)src), (u32 *)data);
-	else if (len == 2)
-		put_unaligned(READ_ONCE(*(u16 *)src), (u16 *)data);
+	if (IS_ALIGNED(offset, len) && len == 8)
+		r = kvm_gmem_load(u64, src, data);
+	else if (IS_ALIGNED(offset, len) && len == 4)
+		r = kvm_gmem_load(u32, src, data);
+	else if (IS_ALIGNED(offset, len) && len == 2)
+		r = kvm_gmem_load(u16, src, data);
 	else
-		left = copy_mc_to_kernel(data, src, len);
+		r = copy_mc_to_kernel(data, src, len) ? -EHWPOISON : 0;
 
 	kunmap_local(src);
-	return left ? -EHWPOISON : 0;
+	return r;
 }
 
 static void kvm_gmem_copy_to_page(struct page *page, int offset, const void *data,

@@ -16,6 +16,7 @@
 #include <linux/rcupdate_wait.h>
 #include <linux/seq_file.h>
 #include <linux/sizes.h>
+#include <linux/swap.h>
 
 #include "guest_memfd.h"
 
@@ -24,6 +25,9 @@
 
 #define GMEM_ORDER_2M	(PMD_SHIFT - PAGE_SHIFT)
 #define GMEM_ORDER_1G	(PUD_SHIFT - PAGE_SHIFT)
+
+/* How many times 50 to 100 us to wait for references that are not there to stay. */
+#define GMEM_PATIENCE	20
 
 /* Biggest first, i.e. in the order in which they are tried. */
 static const int kvm_gmem_orders[] = { GMEM_ORDER_1G, GMEM_ORDER_2M, 0 };
@@ -429,7 +433,7 @@ static int kvm_gmem_split_folio(struct inode *inode, struct folio *folio)
 		return -EINVAL;
 
 	WRITE_ONCE(gi->split_folio, folio);
-	for (i = 0; i < 20; i++) {
+	for (i = 0; i < GMEM_PATIENCE; i++) {
 		r = split_huge_page(&folio->page);
 		if (!r)
 			break;
@@ -443,28 +447,78 @@ static int kvm_gmem_split_folio(struct inode *inode, struct folio *folio)
 }
 
 /*
- * Replace a folio that cannot be split by smaller ones with the same contents,
- * but for poisoned pages, which become pages of zeros.  Needs as much free memory
- * as the folio has.  Fails if the folio is pinned, as whoever pinned it would be
- * left with memory that is no longer the file's.
+ * Copy a page that may be bad.  What was lost is remembered by the copy, which is
+ * healthy, but must not be taken for what was there.  The allocator puts it aside
+ * once it's freed.
  */
-static int kvm_gmem_replace_folio(struct inode *inode, struct folio *old)
+static void kvm_gmem_copy_page(struct folio *folio, long i, struct page *from)
+{
+	struct page *to = folio_page(folio, i);
+
+	if (!PageHWPoison(from) && !copy_mc_highpage(to, from))
+		return;
+
+	clear_highpage(to);
+	SetPageHWPoison(to);
+	if (folio_test_large(folio))
+		folio_set_has_hwpoisoned(folio);
+}
+
+/* The copies have not made it into the file. */
+static void kvm_gmem_drop_copies(struct list_head *folios)
+{
+	struct folio *folio, *next;
+	long i;
+
+	list_for_each_entry_safe(folio, next, folios, lru) {
+		list_del(&folio->lru);
+		for (i = 0; i < folio_nr_pages(folio); i++)
+			ClearPageHWPoison(folio_page(folio, i));
+		if (folio_test_large(folio))
+			folio_clear_has_hwpoisoned(folio);
+		folio_put(folio);
+	}
+}
+
+/* A look-up or a memory error in flight has a reference, but not for long. */
+static bool kvm_gmem_is_pinned(struct folio *folio)
+{
+	int i;
+
+	for (i = 0; i < GMEM_PATIENCE; i++) {
+		/* The page cache's, and the caller's. */
+		if (folio_ref_count(folio) == folio_nr_pages(folio) + 1)
+			return false;
+
+		usleep_range(50, 100);
+	}
+
+	return true;
+}
+
+/*
+ * Replace a folio that cannot be split by smaller ones with the same contents,
+ * but for poisoned pages in [start, end), which become pages of zeros.  Needs as
+ * much free memory as the folio has.  Fails if the folio is pinned, as whoever
+ * pinned it would be left with memory that is no longer the file's.
+ */
+static int kvm_gmem_replace_folio(struct inode *inode, struct folio *old,
+				  pgoff_t start, pgoff_t end)
 {
 	struct address_space *mapping = inode->i_mapping;
-	pgoff_t index = old->index, end = folio_next_index(old);
+	pgoff_t index = old->index, next_index = folio_next_index(old);
 	struct folio *folio, *next;
 	LIST_HEAD(folios);
 	int r = -ENOMEM;
 
 	lockdep_assert_held_write(&mapping->invalidate_lock);
 
-	unmap_mapping_pages(mapping, index, end - index, false);
+	unmap_mapping_pages(mapping, index, next_index - index, false);
 
-	/* With nothing mapped, nobody but a lockless look-up gets a reference. */
-	if (folio_ref_count(old) != folio_nr_pages(old) + 1)
+	if (kvm_gmem_is_pinned(old))
 		return -EBUSY;
 
-	while (index < end) {
+	while (index < next_index) {
 		int order = 0;
 		long i;
 
@@ -484,10 +538,10 @@ static int kvm_gmem_replace_folio(struct inode *inode, struct folio *old)
 		for (i = 0; i < folio_nr_pages(folio); i++, index++) {
 			struct page *page = folio_file_page(old, index);
 
-			if (PageHWPoison(page))
+			if (index >= start && index < end)
 				clear_highpage(folio_page(folio, i));
 			else
-				copy_highpage(folio_page(folio, i), page);
+				kvm_gmem_copy_page(folio, i, page);
 			cond_resched();
 		}
 	}
@@ -518,10 +572,7 @@ static int kvm_gmem_replace_folio(struct inode *inode, struct folio *old)
 	}
 	r = 0;
 out:
-	list_for_each_entry_safe(folio, next, &folios, lru) {
-		list_del(&folio->lru);
-		folio_put(folio);
-	}
+	kvm_gmem_drop_copies(&folios);
 	return r;
 }
 
@@ -544,7 +595,7 @@ static int kvm_gmem_punch_partial_folio(struct inode *inode, struct folio *folio
 		if (folio_order(folio) != GMEM_ORDER_1G)
 			return -EBUSY;
 
-		return kvm_gmem_replace_folio(inode, folio) ?: -EAGAIN;
+		return kvm_gmem_replace_folio(inode, folio, start, end) ?: -EAGAIN;
 	}
 
 	/* The folio remains, as memory of the file that happens to be zero. */
@@ -658,8 +709,10 @@ void kvm_gmem_evict_inode(struct inode *inode)
  */
 void kvm_gmem_retain_poison(struct folio *folio)
 {
-	if (folio_test_large(folio) && folio_test_has_hwpoisoned(folio))
+	if (folio_test_large(folio) && folio_test_has_hwpoisoned(folio)) {
 		folio_get(folio);
+		folio_abandon(folio);
+	}
 }
 
 static void kvm_gmem_count_bytes(struct address_space *mapping, u64 *bytes)

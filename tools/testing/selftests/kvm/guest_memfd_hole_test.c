@@ -633,9 +633,37 @@ static void check_all_but(struct machine *m, uint64_t page)
 	m->step = step;
 }
 
+/* What heals one bad page doesn't make another one of the folio look healthy. */
+static void test_other_poison(struct machine *m, uint64_t page, uint64_t other)
+{
+	const uint64_t step = m->step;
+
+	fill_around(m, other);
+	TEST_ASSERT(poison(m, other), "One error was injected, the other was not");
+	assert_poisoned(m, page);
+	assert_poisoned(m, other);
+
+	punch(m, page, 1);
+	check_around(m, page);
+	for (int i = 0; i < 2; i++) {
+		assert_poisoned(m, other);
+		m->step = 1;
+		guest_checks(m, other - 16, other);
+		guest_checks(m, other + 1, other + 16);
+		vmm_checks(m, other - 16, other);
+		vmm_checks(m, other + 1, other + 16);
+		m->step = step;
+		delete_slot(m);
+		set_slot(m);
+	}
+
+	punch(m, other, 1);
+	check_around(m, other);
+}
+
 static void test_poison(uint64_t flags, const struct pin *pin)
 {
-	const uint64_t page = 300, pinned = 310;
+	const uint64_t page = 300, other = 400, pinned = 310;
 	struct machine m;
 	int ret;
 
@@ -676,6 +704,8 @@ static void test_poison(uint64_t flags, const struct pin *pin)
 			assert_poisoned(&m, page);
 		pin->verify(&m, pinned);
 		pin->unpin();
+	} else {
+		test_other_poison(&m, page, other);
 	}
 
 	/* A hole heals, and has no side effects. */

@@ -134,7 +134,7 @@ static bool cgroup_is_empty(void)
 }
 
 /* Populate the file as a member of the cgroup.  Returns the status of the child. */
-static int populate_in_cgroup(struct machine *m)
+static int populate_in_cgroup(struct machine *m, size_t size)
 {
 	int status;
 	pid_t pid;
@@ -144,7 +144,7 @@ static int populate_in_cgroup(struct machine *m)
 	if (!pid) {
 		if (write_file(CGROUP "/cgroup.procs", "0"))
 			_exit(EXIT_FAILURE);
-		if (fallocate(m->fd, FALLOC_FL_KEEP_SIZE, 0, TEST_SIZE))
+		if (fallocate(m->fd, FALLOC_FL_KEEP_SIZE, 0, size))
 			_exit(errno);
 		_exit(0);
 	}
@@ -162,7 +162,7 @@ static void test_charge(uint64_t flags)
 		return;
 
 	create_machine(&m, flags, TEST_SIZE);
-	TEST_ASSERT_EQ(populate_in_cgroup(&m), 0);
+	TEST_ASSERT_EQ(populate_in_cgroup(&m, TEST_SIZE), 0);
 	charged = read_number(CGROUP "/memory.current", "", 10);
 	TEST_ASSERT(charged >= TEST_SIZE, "%lu bytes were charged, expected %u", charged,
 		    TEST_SIZE);
@@ -186,7 +186,7 @@ static void test_limit(uint64_t flags)
 		return;
 
 	create_machine(&m, flags, TEST_SIZE);
-	status = populate_in_cgroup(&m);
+	status = populate_in_cgroup(&m, TEST_SIZE);
 	TEST_ASSERT((WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL) ||
 		    (WIFEXITED(status) && WEXITSTATUS(status) == ENOMEM),
 		    "Child ended with status 0x%x", status);
@@ -333,7 +333,7 @@ static void test_release(uint64_t flags)
 		if (!create_cgroup("max"))
 			return;
 		create_machine(&m, flags, TEST_SIZE);
-		TEST_ASSERT_EQ(populate_in_cgroup(&m), 0);
+		TEST_ASSERT_EQ(populate_in_cgroup(&m, TEST_SIZE), 0);
 		guest_does(&m, GMEM_SET);
 		guest_does(&m, GMEM_CHECK);
 		for (int j = 0; j < ARRAY_SIZE(users); j++)
@@ -342,6 +342,52 @@ static void test_release(uint64_t flags)
 			    read_number(CGROUP "/memory.current", "", 10), i);
 		rmdir(CGROUP);
 	}
+}
+
+/*
+ * A page that has a memory error may keep the folio around it from being given
+ * back.  Then it's nobody's: not charged, and no memory that waits for being moved.
+ */
+static void test_bad_memory(uint64_t flags, size_t size)
+{
+	uint64_t block;
+	struct machine m;
+	int err;
+
+	pr_info("Flags 0x%lx: bad memory is given up\n", flags);
+	if (!create_cgroup("max"))
+		return;
+
+	create_machine(&m, flags, size);
+	if (populate_in_cgroup(&m, size)) {
+		pr_info("Not enough memory, skipping\n");
+		goto out;
+	}
+	if (!gmem_fdinfo(m.fd, "gmem_1g"))
+		pr_info("There's no 1 GiB in one piece, i.e. nothing to be kept\n");
+	READ_ONCE(*m.mem);
+	block = pfn_of(m.mem) * PAGE_SIZE / read_number(MEMORY "/block_size_bytes", "", 16);
+
+	/* Something else than what the block is about. */
+	err = gmem_inject_memory_error((char *)m.mem + size - PAGE_SIZE);
+	if (err == EINVAL || err == EPERM) {
+		pr_info("Cannot inject memory errors, %s\n", strerror(err));
+		goto out;
+	}
+
+	free_machine(&m);
+	TEST_ASSERT(cgroup_is_empty(), "%lu bytes are still charged",
+		    read_number(CGROUP "/memory.current", "", 10));
+	rmdir(CGROUP);
+
+	/* If it was given back, it may go offline, or have somebody else's memory. */
+	err = offline(block);
+	TEST_ASSERT(!err || err == EBUSY || err == EINVAL,
+		    "Block %lu going offline: errno %d, expected EBUSY", block, err);
+	return;
+out:
+	free_machine(&m);
+	rmdir(CGROUP);
 }
 
 int main(void)
@@ -365,8 +411,10 @@ int main(void)
 		test_release(all_flags[i]);
 	}
 
-	if (supported & GUEST_MEMFD_FLAG_HUGE_1G)
+	if (supported & GUEST_MEMFD_FLAG_HUGE_1G) {
 		test_offline(GMEM_2M | GUEST_MEMFD_FLAG_HUGE_1G, SZ_1G);
+		test_bad_memory(GMEM_2M | GUEST_MEMFD_FLAG_HUGE_1G, SZ_1G);
+	}
 
 	return 0;
 }
