@@ -210,6 +210,12 @@ def export(project, tree):
     run("git", "update-ref", APPLIED, "HEAD", cwd=tree)
 
 
+def evidence():
+    """The last table of "make matrix" that was put into the README, which is the test evidence of the cover letter."""
+    with open(os.path.join(REPO, "README.md"), encoding="utf-8") as file:
+        return file.read().split("<!-- make matrix -->\n")[1]
+
+
 def mail(project, tree):
     out = os.path.join(REPO, "build/series", project)
     shutil.rmtree(out, ignore_errors=True)
@@ -227,7 +233,9 @@ def mail(project, tree):
             parent = run("git", "commit-tree", f"{commit}^{{tree}}", "-p", parent, cwd=tree, env=who,
                          stdin=message.encode()).decode().strip()
         cover = os.path.join(tmp, "cover")
-        shutil.copyfile(os.path.join(REPO, f"lab/cover-{project}"), cover)
+        with open(os.path.join(REPO, f"lab/cover-{project}"), encoding="utf-8") as source, \
+                open(cover, "w", encoding="utf-8") as target:
+            target.write(source.read().replace("@matrix@\n", evidence()))
         run("git", "-c", f"user.name={name}", "-c", f"user.email={email}", "format-patch", "-q", "--cover-letter",
             f"--description-file={cover}", "--cover-from-description=subject", "--no-renames", "--zero-commit",
             "--no-signature", "-o", out, f"base..{parent}", cwd=tree)
