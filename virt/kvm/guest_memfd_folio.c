@@ -205,19 +205,35 @@ static struct folio *kvm_gmem_alloc_folio(struct inode *inode, pgoff_t index,
 	return folio;
 }
 
+#ifndef kvm_arch_gmem_clear
+static bool kvm_arch_gmem_clear(void *addr, size_t len)
+{
+	return false;
+}
+#endif
+
+static void kvm_gmem_clear(void *addr, size_t len)
+{
+	if (kvm_arch_gmem_clear(addr, len))
+		return;
+
+	for (; len; len -= PAGE_SIZE, addr += PAGE_SIZE)
+		clear_page(addr);
+}
+
 /* How much to zero at once, takes some ten microseconds. */
 #define GMEM_ZERO_CHUNK		SZ_128K
 
 static void kvm_gmem_zero_folio(struct folio *folio, long first, long nr)
 {
 	void *addr = folio_address(folio) + first * PAGE_SIZE;
-	void *end = addr + nr * PAGE_SIZE, *pause;
+	size_t len, left = nr * PAGE_SIZE;
 
 	BUILD_BUG_ON(IS_ENABLED(CONFIG_HIGHMEM));
 
-	while (addr < end) {
-		for (pause = min(addr + GMEM_ZERO_CHUNK, end); addr < pause; addr += PAGE_SIZE)
-			clear_page(addr);
+	for (; left; left -= len, addr += len) {
+		len = min_t(size_t, left, GMEM_ZERO_CHUNK);
+		kvm_gmem_clear(addr, len);
 		cond_resched();
 	}
 }
