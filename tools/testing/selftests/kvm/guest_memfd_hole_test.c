@@ -609,22 +609,11 @@ static void assert_poisoned(struct machine *m, uint64_t page)
 	TEST_ASSERT_EQ(gmem_sigbus_code(page_address(m, page), true), BUS_MCEERR_AR);
 }
 
-/* Every page but the bad one. */
-static void check_all_but(struct machine *m, uint64_t page)
+/* The pages on both sides of one that is bad. */
+static void check_next_to(struct machine *m, uint64_t page)
 {
 	const uint64_t step = m->step;
 
-	if (step == 1) {
-		guest_checks(m, 0, page);
-		guest_checks(m, page + 1, m->npages);
-		vmm_checks(m, 0, page);
-		vmm_checks(m, page + 1, m->npages);
-		return;
-	}
-
-	/* The bad page is none of those that are looked at in a big file. */
-	TEST_ASSERT(page % step, "Page %lu is the bad one", page);
-	check_all(m);
 	m->step = 1;
 	guest_checks(m, page - 16, page);
 	guest_checks(m, page + 1, page + 16);
@@ -633,11 +622,26 @@ static void check_all_but(struct machine *m, uint64_t page)
 	m->step = step;
 }
 
+/* Every page but the bad one. */
+static void check_all_but(struct machine *m, uint64_t page)
+{
+	if (m->step == 1) {
+		guest_checks(m, 0, page);
+		guest_checks(m, page + 1, m->npages);
+		vmm_checks(m, 0, page);
+		vmm_checks(m, page + 1, m->npages);
+		return;
+	}
+
+	/* The bad page is none of those that are looked at in a big file. */
+	TEST_ASSERT(page % m->step, "Page %lu is the bad one", page);
+	check_all(m);
+	check_next_to(m, page);
+}
+
 /* What heals one bad page doesn't make another one of the folio look healthy. */
 static void test_other_poison(struct machine *m, uint64_t page, uint64_t other)
 {
-	const uint64_t step = m->step;
-
 	fill_around(m, other);
 	TEST_ASSERT(poison(m, other), "One error was injected, the other was not");
 	assert_poisoned(m, page);
@@ -647,12 +651,7 @@ static void test_other_poison(struct machine *m, uint64_t page, uint64_t other)
 	check_around(m, page);
 	for (int i = 0; i < 2; i++) {
 		assert_poisoned(m, other);
-		m->step = 1;
-		guest_checks(m, other - 16, other);
-		guest_checks(m, other + 1, other + 16);
-		vmm_checks(m, other - 16, other);
-		vmm_checks(m, other + 1, other + 16);
-		m->step = step;
+		check_next_to(m, other);
 		delete_slot(m);
 		set_slot(m);
 	}
