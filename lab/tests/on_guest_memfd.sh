@@ -16,8 +16,8 @@ try() {
 	esac
 }
 
-# compare SECONDS TEST...: what passes on anonymous memory must pass on guest_memfd of 4 KiB and of 2 MiB pages.  A test may come
-# with arguments.
+# compare SECONDS TEST...: what passes on anonymous memory must pass on guest_memfd of 4 KiB and of 2 MiB pages, at the second try at
+# the latest: xen_shinfo_test e.g. fails in one of some 30 runs on any memory.  A test may come with arguments.
 compare() {
 	local seconds=$1 types=(anonymous guest_memfd guest_memfd_2mb) failed=0 passed=0 number=0 test type results result line
 	shift
@@ -29,6 +29,13 @@ compare() {
 			# shellcheck disable=SC2086
 			result=$(try "$type" "$seconds" $test)
 			[ "$result" = pass ] || sed "s/^/# ${test%% *} on $type: /" /tmp/log
+			# Some wait for what an emulated CPU that is shared with others doesn't always get done in time.
+			if [[ $result = @(fail|timeout) ]]; then
+				echo "# ${test%% *} on $type: $result, once more"
+				# shellcheck disable=SC2086
+				result=$(try "$type" "$seconds" $test)
+				[ "$result" = pass ] || sed "s/^/# ${test%% *} on $type: /" /tmp/log
+			fi
 			results+=("$result")
 		done
 		number=$((number + 1))
