@@ -59,8 +59,9 @@ static bool kvm_gmem_range_is_poisoned(struct folio *folio, pgoff_t index, long 
 	if (!folio_test_large(folio))
 		return folio_test_hwpoison(folio);
 
-	if (!folio_test_has_hwpoisoned(folio))
-		return false;
+	/* Don't look at 262144 pages for what the folio knows. */
+	if (!folio_test_has_hwpoisoned(folio) || nr == folio_nr_pages(folio))
+		return folio_test_has_hwpoisoned(folio);
 
 	for (i = 0; i < nr; i++) {
 		if (PageHWPoison(folio_file_page(folio, index + i)))

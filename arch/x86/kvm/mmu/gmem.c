@@ -109,13 +109,15 @@ int kvm_mmu_faultin_pfn_gmem(struct kvm_vcpu *vcpu, struct kvm_page_fault *fault
 kvm_pfn_t kvm_mmu_gmem_prefetch_pfn(struct kvm *kvm,
 				    const struct kvm_memory_slot *slot, gfn_t gfn)
 {
-	int order;
-
 	lockdep_assert_held_write(&kvm->mmu_lock);
+
+	/* Not all guest modes may access private memory, leave it to a fault. */
+	if (kvm_mem_is_private(kvm, gfn))
+		return KVM_PFN_ERR_FAULT;
 
 	/* Prefetching installs writable mappings. */
 	if (slot->flags & KVM_MEM_READONLY)
 		return KVM_PFN_ERR_FAULT;
 
-	return kvm_gmem_lookup_pfn(slot, gfn, &order);
+	return kvm_gmem_lookup_pfn(slot, gfn, NULL);
 }
