@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Medians, ratios and plots of what lab/bench measured.
 
-usage: bench.py DIR     reads main.csv, scale.csv, vcpus.csv and windows there, as far as they exist, and writes table.md,
+usage: bench.py DIR     reads main.csv, small.csv, scale.csv, vcpus.csv and windows there, as far as they exist, and writes table.md,
                         touch.svg, scale.svg, vcpus.svg and the same as PNG
 """
 
@@ -102,6 +102,17 @@ def line_table(samples, axis, index, note):
         yield f"| {NAMES[backing]} | " + " | ".join(cells) + " |"
 
 
+def small_table(samples):
+    """First touch of 256 MiB, of which a page of 1 GiB is four times as much."""
+    base = samples.median("anon_thp", 256, 1, "cold_ms")
+    yield f"First touch of 256 MiB, medians of {samples.rounds()} rounds.\n"
+    yield "| | ms | ratio to anonymous THP |"
+    yield "| --- | ---: | ---: |"
+    for backing in samples.each(0):
+        value = samples.median(backing, 256, 1, "cold_ms")
+        yield f"| {NAMES[backing]} | {value:.1f} | {ratio(value, base)} |"
+
+
 def goals(main, scale, instructions):
     """What is to be reached: name, limit, what was measured (None if it was not), and if less is better."""
     def figure(backing, name):
@@ -190,12 +201,14 @@ def plot_lines(folder, name, samples, index, title, label):
 
 def main():
     folder = sys.argv[1]
-    samples = {part: load(folder, part) for part in ("main", "scale", "vcpus")}
+    samples = {part: load(folder, part) for part in ("main", "small", "scale", "vcpus")}
     instructions = windows(folder)
     text = list(goals_table(samples["main"], samples["scale"], instructions))
     if samples["main"]:
         text += ["", *figures_table(samples["main"]), "", *parts_table(samples["main"])]
         plot_touch(folder, samples["main"])
+    if samples["small"]:
+        text += ["", *small_table(samples["small"])]
     if samples["scale"]:
         text += ["", *line_table(samples["scale"], "MiB", 1, "First touch by one vCPU")]
         plot_lines(folder, "scale", samples["scale"], 1, "First touch, by size", "MiB")
