@@ -41,7 +41,8 @@ class Samples:
         return max(len(values) for values in self.values.values())
 
     def each(self, index):
-        return list(dict.fromkeys(key[index] for key in self.values))
+        found = dict.fromkeys(key[index] for key in self.values)
+        return [name for name in NAMES if name in found] if index == 0 else list(found)
 
 
 def load(folder, part):
