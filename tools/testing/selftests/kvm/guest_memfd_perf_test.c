@@ -5,9 +5,10 @@
  * Prints comma-separated values, one sample a line: the number of the round, the
  * backing, MiB of memory, vCPUs, the name of the figure, its value.  The last word
  * of a figure's name is its unit.  Backings take turns in each round, so that
- * ratios between them don't depend on when they were measured; the first round is
- * left out: if this is a VM itself, its memory may have to be found by its host
- * first, and the first to touch it would pay.
+ * ratios between them don't depend on when they were measured, and in another
+ * order, so that what one leaves behind doesn't always hit the same.  The first
+ * round is left out: if this is a VM itself, its memory may have to be found by its
+ * host first, and the first to touch it would pay.
  *
  *  slot_create_us	KVM_SET_USER_MEMORY_REGION2 for all of the memory
  *  cold_ms		each vCPU writes a word to each page of its share of the
@@ -590,6 +591,19 @@ static void measure(const struct backing *backing, size_t size, int nr_vcpus)
 		set_pool(backing->pool, pool_before);
 }
 
+/* Another order each time, but the same ones in each run. */
+static void shuffle(int *order, int n)
+{
+	int i, tmp;
+
+	for (; n > 1; n--) {
+		i = random() % n;
+		tmp = order[n - 1];
+		order[n - 1] = order[i];
+		order[i] = tmp;
+	}
+}
+
 static bool wanted(const char *list, const char *name)
 {
 	size_t len = strlen(name);
@@ -623,7 +637,11 @@ int main(int argc, char *argv[])
 {
 	const char *list = NULL;
 	int rounds = 1, vcpus = 1, opt, i;
+	int order[ARRAY_SIZE(backings)];
 	size_t size = SZ_64M;
+
+	for (i = 0; i < ARRAY_SIZE(order); i++)
+		order[i] = i;
 
 	while ((opt = getopt(argc, argv, "b:chm:r:v:")) != -1) {
 		switch (opt) {
@@ -657,9 +675,11 @@ int main(int argc, char *argv[])
 	printf("round,backing,mib,vcpus,figure,value\n");
 	/* -1 isn't reported, and is all there is without rounds. */
 	for (round_nr = rounds ? -1 : 0; round_nr < max(rounds, 1); round_nr++) {
-		for (i = 0; i < ARRAY_SIZE(backings); i++) {
-			if (wanted(list, backings[i].name))
-				measure(&backings[i], size, vcpus);
+		if (rounds)
+			shuffle(order, ARRAY_SIZE(order));
+		for (i = 0; i < ARRAY_SIZE(order); i++) {
+			if (wanted(list, backings[order[i]].name))
+				measure(&backings[order[i]], size, vcpus);
 		}
 	}
 
