@@ -441,13 +441,13 @@ static int kvm_gmem_split_folio(struct inode *inode, struct folio *folio)
 	struct kvm_gmem_inode *gi = GMEM_I(inode);
 	int order = folio_order(folio);
 	pgoff_t index = folio->index;
-	int i, r;
+	int i, r = -EINVAL;
 
 	lockdep_assert_held_write(&inode->i_mapping->invalidate_lock);
 
 	/* The page cache cannot split what spans more than two of its levels. */
 	if (order != GMEM_ORDER_2M)
-		return -EINVAL;
+		goto out;
 
 	WRITE_ONCE(gi->split_folio, folio);
 	for (i = 0; i < GMEM_PATIENCE; i++) {
@@ -458,7 +458,7 @@ static int kvm_gmem_split_folio(struct inode *inode, struct folio *folio)
 		usleep_range(50, 100);
 	}
 	WRITE_ONCE(gi->split_folio, NULL);
-
+out:
 	trace_guest_memfd_split(inode, index, order, r);
 	return r;
 }
@@ -547,6 +547,8 @@ static int kvm_gmem_replace_folio(struct inode *inode, struct folio *old,
 		folio = kvm_gmem_alloc_folio(inode, index, order, true);
 		if (!folio && order)
 			folio = kvm_gmem_alloc_folio(inode, index, 0, true);
+		trace_guest_memfd_allocate(inode, index, order,
+					   folio ? folio_order(folio) : -ENOMEM);
 		if (!folio)
 			goto out;
 

@@ -40,7 +40,11 @@ TRACE_EVENT(guest_memfd_allocate,
 		  __entry->ino, __entry->index, __entry->asked, __entry->got)
 );
 
-/* A folio was split into pages, or couldn't be if ret is negative, i.e. -errno. */
+/*
+ * A folio was split into pages, or couldn't be if ret is negative, i.e. -errno.
+ * One of 1 GiB never can: a hole in it becomes zeros, or the folio is replaced by
+ * smaller ones, for which guest_memfd_allocate tells their sizes.
+ */
 TRACE_EVENT(guest_memfd_split,
 	TP_PROTO(struct inode *inode, pgoff_t index, int order, int ret),
 	TP_ARGS(inode, index, order, ret),

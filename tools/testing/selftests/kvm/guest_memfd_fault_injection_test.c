@@ -175,6 +175,19 @@ static void close_new(struct machine *m)
 	close(new_fd);
 }
 
+/* Giving memory back must not need any that can't be had. */
+static void create_populated(struct machine *m)
+{
+	new_fd = vm_create_guest_memfd(m->vm, TEST_SIZE, m->flags);
+	TEST_ASSERT(!fallocate(new_fd, FALLOC_FL_KEEP_SIZE, 0, m->used),
+		    __KVM_SYSCALL_ERROR("fallocate()", -1));
+}
+
+static int release(struct machine *m)
+{
+	return close(new_fd);
+}
+
 static void unbind(struct machine *m)
 {
 	TEST_ASSERT(!set_slot(m, 0, 0), __KVM_SYSCALL_ERROR("KVM_SET_USER_MEMORY_REGION2", -1));
@@ -354,6 +367,7 @@ static void disable_kvmclock(struct machine *m)
 
 static const struct operation operations[] = {
 	{ "create", ALL, do_nothing, create, close_new },
+	{ "release", ALL, create_populated, release, do_nothing },
 	{ "bind", ALL, unbind, try_bind, do_nothing },
 	{ "unbind", ALL, do_nothing, try_unbind, bind },
 	{ "mmap", SHARED, do_nothing, map, unmap_new },
@@ -443,6 +457,7 @@ static int inject(struct machine *m, const struct operation *op)
 
 	for (nth = 1; ; nth++) {
 		op->prepare(m);
+		m->vcpu->run->exit_reason = KVM_EXIT_UNKNOWN;
 
 		let_fail(nth);
 		r = op->run(m);
@@ -453,6 +468,9 @@ static int inject(struct machine *m, const struct operation *op)
 		TEST_ASSERT(r >= 0 || (failed && err == ENOMEM),
 			    "%s: allocation %d%s, r %d, %s", op->name, nth,
 			    failed ? "" : " was not made", r, strerror(err));
+		/* That's for what userspace can do something about. */
+		TEST_ASSERT(r >= 0 || m->vcpu->run->exit_reason != KVM_EXIT_MEMORY_FAULT,
+			    "%s: allocation %d had an exit for a memory fault", op->name, nth);
 		nr_fallbacks += failed && r >= 0;
 
 		/* The same once more does it, or what is left of the same. */

@@ -11,6 +11,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,6 +23,8 @@
 #include <linux/mman.h>
 #include <linux/sizes.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 
@@ -552,6 +555,11 @@ static void test_nobody_else_touches_folios(void)
 		assert_fresh_mappings_are_huge(&m, "migrate_pages()");
 	}
 
+	vmm_checks(&m, 0, m.npages);
+	TEST_ASSERT(madvise(m.mem, PAGE_SIZE, MADV_SOFT_OFFLINE),
+		    "Nobody should move a page elsewhere");
+	assert_fresh_mappings_are_huge(&m, "MADV_SOFT_OFFLINE");
+
 	write_file("/proc/sys/vm/drop_caches", "3");
 	assert_fresh_mappings_are_huge(&m, "drop_caches");
 	write_file("/proc/sys/vm/compact_memory", "1");
@@ -562,6 +570,100 @@ static void test_nobody_else_touches_folios(void)
 	}
 
 	free_machine(&m);
+}
+
+/* The VMM's page tables have huge pages as well. */
+static void test_vmm_maps_huge(void)
+{
+	unsigned long start, end, kib, mapped = 0;
+	bool inside = false;
+	struct machine m;
+	char line[512];
+	FILE *smaps;
+
+	pr_info("The VMM's mapping is huge\n");
+	if (!create_filled_machine(&m, GUEST_MEMFD_FLAG_HUGE_2M))
+		return;
+
+	vmm_checks(&m, 0, m.npages);
+	smaps = fopen("/proc/self/smaps", "r");
+	TEST_ASSERT(smaps, "Cannot open smaps, %s", strerror(errno));
+	while (fgets(line, sizeof(line), smaps)) {
+		if (sscanf(line, "%lx-%lx ", &start, &end) == 2)
+			inside = start == (unsigned long)m.mem;
+		else if (inside && sscanf(line, "FilePmdMapped: %lu kB", &kib) == 1)
+			mapped = kib * SZ_1K;
+	}
+	fclose(smaps);
+	TEST_ASSERT_EQ(mapped, m.npages * PAGE_SIZE);
+	free_machine(&m);
+}
+
+/*
+ * What an administrator can trace
+ */
+
+#define TRACEFS		"/sys/kernel/tracing"
+#define INSTANCE	TRACEFS "/instances/guest_memfd_hole_test"
+
+/* How many times an event was traced with that in its text. */
+static int traced(const char *event, const char *fmt, ...)
+{
+	char line[512], text[128];
+	va_list args;
+	FILE *file;
+	int nr = 0;
+
+	va_start(args, fmt);
+	vsnprintf(text, sizeof(text), fmt, args);
+	va_end(args);
+
+	file = fopen(INSTANCE "/trace", "r");
+	TEST_ASSERT(file, "Cannot open the trace, %s", strerror(errno));
+	while (fgets(line, sizeof(line), file))
+		nr += strstr(line, event) && strstr(line, text);
+	fclose(file);
+	return nr;
+}
+
+static void test_tracepoints(void)
+{
+	const uint64_t npages = 2 * NPAGES_2M;
+	struct machine m;
+	struct stat st;
+
+	pr_info("Events can be traced\n");
+	mount("tracefs", TRACEFS, "tracefs", 0, NULL);
+	if (mkdir(INSTANCE, 0700)) {
+		pr_info("There is no tracing, skipping\n");
+		return;
+	}
+	write_file(INSTANCE "/events/guest_memfd/enable", "1");
+
+	if (create_filled_machine(&m, GUEST_MEMFD_FLAG_HUGE_2M)) {
+		TEST_ASSERT(!fstat(m.fd, &st), __KVM_SYSCALL_ERROR("fstat()", -1));
+		TEST_ASSERT_EQ(traced("guest_memfd_allocate:", "ino %lu index 0x0 asked order 9 got 9\n",
+				      st.st_ino), 1);
+		TEST_ASSERT_EQ(traced("guest_memfd_allocate:", "ino %lu ", st.st_ino), 2);
+
+		punch(&m, NPAGES_2M + 5, 1);
+		TEST_ASSERT_EQ(traced("guest_memfd_invalidate:", "ino %lu range 0x%lx-0x%lx\n",
+				      st.st_ino, NPAGES_2M, npages), 1);
+		TEST_ASSERT_EQ(traced("guest_memfd_split:", "ino %lu index 0x%lx order 9 ret 0\n",
+				      st.st_ino, NPAGES_2M), 1);
+
+		/* Next to what's there already there's room for a page only. */
+		guest_does(&m, GMEM_SET, NPAGES_2M + 5, 42);
+		TEST_ASSERT_EQ(traced("guest_memfd_allocate:", "ino %lu index 0x%lx asked order 0 got 0\n",
+				      st.st_ino, NPAGES_2M + 5), 1);
+
+		free_machine(&m);
+		TEST_ASSERT_EQ(traced("guest_memfd_invalidate:", "ino %lu range 0x0-0x%lx\n",
+				      st.st_ino, npages), 1);
+	}
+
+	write_file(INSTANCE "/events/guest_memfd/enable", "0");
+	TEST_ASSERT(!rmdir(INSTANCE), __KVM_SYSCALL_ERROR("rmdir()", -1));
 }
 
 /*
@@ -1097,8 +1199,11 @@ int main(int argc, char *argv[])
 			test_flags(all_flags[i], seconds);
 	}
 
-	if (supported & GUEST_MEMFD_FLAG_HUGE_2M)
+	if (supported & GUEST_MEMFD_FLAG_HUGE_2M) {
 		test_nobody_else_touches_folios();
+		test_vmm_maps_huge();
+		test_tracepoints();
+	}
 
 	return 0;
 }

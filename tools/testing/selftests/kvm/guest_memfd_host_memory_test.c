@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include <linux/falloc.h>
+#include <linux/kernel-page-flags.h>
 #include <linux/sizes.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -152,20 +153,48 @@ static int populate_in_cgroup(struct machine *m, size_t size)
 	return status;
 }
 
-static void test_charge(uint64_t flags)
-{
-	uint64_t charged;
-	struct machine m;
+enum payer {
+	PAYS_BY_FALLOCATE,
+	PAYS_BY_VMM_FAULT,
+	PAYS_BY_GUEST_FAULT,
+	NR_PAYERS,
+};
 
-	pr_info("Flags 0x%lx: memory is charged\n", flags);
+/* Whoever causes the allocation pays for the folio, however big it is. */
+static void test_charge(uint64_t flags, size_t size, enum payer payer)
+{
+	static const char * const names[] = { "fallocate()", "the VMM", "the guest" };
+	uint64_t charged, held;
+	struct machine m;
+	size_t i;
+
+	pr_info("Flags 0x%lx: memory is charged, by %s\n", flags, names[payer]);
 	if (!create_cgroup("max"))
 		return;
 
-	create_machine(&m, flags, TEST_SIZE);
-	TEST_ASSERT_EQ(populate_in_cgroup(&m, TEST_SIZE), 0);
+	create_machine(&m, flags, size);
+	switch (payer) {
+	case PAYS_BY_FALLOCATE:
+		TEST_ASSERT_EQ(populate_in_cgroup(&m, size), 0);
+		break;
+	case PAYS_BY_VMM_FAULT:
+		TEST_ASSERT(!write_file(CGROUP "/cgroup.procs", "0"), "Cannot join");
+		for (i = 0; i < TEST_SIZE; i += PAGE_SIZE)
+			READ_ONCE(*(char *)((void *)m.mem + i));
+		break;
+	default:
+		TEST_ASSERT(!write_file(CGROUP "/cgroup.procs", "0"), "Cannot join");
+		guest_does(&m, GMEM_SET);
+		break;
+	}
+	/* What was charged stays charged. */
+	TEST_ASSERT(!write_file(CGROUPS "/cgroup.procs", "0"), "Cannot leave");
+
+	held = gmem_fdinfo(m.fd, "gmem_4k") + gmem_fdinfo(m.fd, "gmem_2m") +
+	       gmem_fdinfo(m.fd, "gmem_1g");
 	charged = read_number(CGROUP "/memory.current", "", 10);
-	TEST_ASSERT(charged >= TEST_SIZE, "%lu bytes were charged, expected %u", charged,
-		    TEST_SIZE);
+	TEST_ASSERT(held >= TEST_SIZE && charged >= held,
+		    "%lu bytes were charged, the file holds %lu", charged, held);
 	guest_does(&m, GMEM_SET);
 	guest_does(&m, GMEM_CHECK);
 	free_machine(&m);
@@ -219,6 +248,17 @@ static uint64_t pfn_of(void *mem)
 			     (uint64_t)mem / PAGE_SIZE * sizeof(entry)), sizeof(entry));
 	close(fd);
 	return entry & GENMASK_ULL(54, 0);
+}
+
+static uint64_t flags_of_pfn(uint64_t pfn)
+{
+	int fd = open("/proc/kpageflags", O_RDONLY);
+	uint64_t flags;
+
+	TEST_ASSERT(fd >= 0, __KVM_SYSCALL_ERROR("open()", fd));
+	TEST_ASSERT_EQ(pread(fd, &flags, sizeof(flags), pfn * sizeof(flags)), sizeof(flags));
+	close(fd);
+	return flags;
 }
 
 static void on_alarm(int signal)
@@ -345,13 +385,15 @@ static void test_release(uint64_t flags)
 }
 
 /*
- * A page that has a memory error may keep the folio around it from being given
- * back.  Then it's nobody's: not charged, and no memory that waits for being moved.
+ * A page that has a memory error is not given back, and may keep the folio around
+ * it from that.  Then it's nobody's: not charged, and no memory that waits for being
+ * moved.
  */
 static void test_bad_memory(uint64_t flags, size_t size)
 {
-	uint64_t block;
+	uint64_t block = 0, block_size = 0, bad_pfn, page_flags;
 	struct machine m;
+	char *bad;
 	int err;
 
 	pr_info("Flags 0x%lx: bad memory is given up\n", flags);
@@ -363,13 +405,19 @@ static void test_bad_memory(uint64_t flags, size_t size)
 		pr_info("Not enough memory, skipping\n");
 		goto out;
 	}
-	if (!gmem_fdinfo(m.fd, "gmem_1g"))
+	if (flags & GUEST_MEMFD_FLAG_HUGE_1G && !gmem_fdinfo(m.fd, "gmem_1g"))
 		pr_info("There's no 1 GiB in one piece, i.e. nothing to be kept\n");
 	READ_ONCE(*m.mem);
-	block = pfn_of(m.mem) * PAGE_SIZE / read_number(MEMORY "/block_size_bytes", "", 16);
+	bad = (char *)m.mem + size - PAGE_SIZE;
+	READ_ONCE(*bad);
+	bad_pfn = pfn_of(bad);
+	if (!access(MEMORY "/block_size_bytes", R_OK)) {
+		block_size = read_number(MEMORY "/block_size_bytes", "", 16);
+		block = pfn_of(m.mem) * PAGE_SIZE / block_size;
+	}
 
 	/* Something else than what the block is about. */
-	err = gmem_inject_memory_error((char *)m.mem + size - PAGE_SIZE);
+	err = gmem_inject_memory_error(bad);
 	if (err == EINVAL || err == EPERM) {
 		pr_info("Cannot inject memory errors, %s\n", strerror(err));
 		goto out;
@@ -380,7 +428,14 @@ static void test_bad_memory(uint64_t flags, size_t size)
 		    read_number(CGROUP "/memory.current", "", 10));
 	rmdir(CGROUP);
 
+	page_flags = flags_of_pfn(bad_pfn);
+	TEST_ASSERT((page_flags & BIT(KPF_HWPOISON)) && !(page_flags & BIT(KPF_BUDDY)),
+		    "The bad page's flags are 0x%lx, it should be poisoned and not free",
+		    page_flags);
+
 	/* If it was given back, it may go offline, or have somebody else's memory. */
+	if (!block_size || size < block_size)
+		return;
 	err = offline(block);
 	TEST_ASSERT(!err || err == EBUSY || err == EINVAL,
 		    "Block %lu going offline: errno %d, expected EBUSY", block, err);
@@ -404,14 +459,18 @@ int main(void)
 	for (int i = 0; i < ARRAY_SIZE(all_flags); i++) {
 		if (all_flags[i] & ~supported)
 			continue;
-		test_charge(all_flags[i]);
+		for (int payer = 0; payer < NR_PAYERS; payer++)
+			test_charge(all_flags[i], TEST_SIZE, payer);
 		test_limit(all_flags[i]);
 		test_offline(all_flags[i], SZ_512M);
 		test_compaction(all_flags[i]);
 		test_release(all_flags[i]);
+		test_bad_memory(all_flags[i], TEST_SIZE);
 	}
 
 	if (supported & GUEST_MEMFD_FLAG_HUGE_1G) {
+		for (int payer = 0; payer < NR_PAYERS; payer++)
+			test_charge(GMEM_2M | GUEST_MEMFD_FLAG_HUGE_1G, SZ_1G, payer);
 		test_offline(GMEM_2M | GUEST_MEMFD_FLAG_HUGE_1G, SZ_1G);
 		test_bad_memory(GMEM_2M | GUEST_MEMFD_FLAG_HUGE_1G, SZ_1G);
 	}

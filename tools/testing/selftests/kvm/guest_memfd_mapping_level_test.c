@@ -404,22 +404,26 @@ static struct sptes count_all_sptes(struct kvm_vm *vm)
 	};
 }
 
+static struct sptes sub_sptes(struct sptes sptes, struct sptes others)
+{
+	sptes.nr_4k -= others.nr_4k;
+	sptes.nr_2m -= others.nr_2m;
+	sptes.nr_1g -= others.nr_1g;
+	return sptes;
+}
+
 /*
  * Count what a hole as big as the file zaps, which gives the same answer no
  * matter what happens to slot 0.  The file is empty afterwards.
  */
 static struct sptes punch_and_count(struct machine *machine)
 {
-	struct sptes sptes = count_all_sptes(machine->vm), left;
+	struct sptes sptes = count_all_sptes(machine->vm);
 	int ret = fallocate(machine->fd, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE,
 			    0, TEST_OFFSET + TEST_SIZE);
 
 	TEST_ASSERT(!ret, __KVM_SYSCALL_ERROR("fallocate()", ret));
-	left = count_all_sptes(machine->vm);
-	sptes.nr_4k -= left.nr_4k;
-	sptes.nr_2m -= left.nr_2m;
-	sptes.nr_1g -= left.nr_1g;
-	return sptes;
+	return sub_sptes(sptes, count_all_sptes(machine->vm));
 }
 
 static void assert_sptes(struct machine *machine, uint64_t min_4k, uint64_t max_4k)
@@ -1091,25 +1095,36 @@ static void *map_huge_view(struct huge_machine *m, const struct huge_case *c,
 /* Count what deleting the memslots zaps, i.e. what they had mapped. */
 static struct sptes delete_slots(struct kvm_vm *vm, int nr_slots)
 {
-	struct sptes sptes = count_all_sptes(vm), left;
+	struct sptes sptes = count_all_sptes(vm);
 
 	for (int i = 0; i < nr_slots; i++)
 		vm_set_user_memory_region2(vm, TEST_SLOT + i, 0, 0, 0, NULL, 0, 0);
 
-	left = count_all_sptes(vm);
-	sptes.nr_4k -= left.nr_4k;
-	sptes.nr_2m -= left.nr_2m;
-	sptes.nr_1g -= left.nr_1g;
-	return sptes;
+	return sub_sptes(sptes, count_all_sptes(vm));
+}
+
+static void assert_huge_sptes(struct huge_machine *m, const struct huge_case *c,
+			      struct sptes sptes, const char *when)
+{
+	struct sptes expected = expected_sptes(m, congruence_delta[c->congruence]);
+
+	TEST_ASSERT(sptes.nr_4k == expected.nr_4k && sptes.nr_2m == expected.nr_2m &&
+		    sptes.nr_1g == expected.nr_1g,
+		    "SPTEs %s: %lu of 4K, %lu of 2M, %lu of 1G, expected %lu, %lu, %lu\n"
+		    "  flags 0x%lx, %lu pages, congruent modulo %s, memslot %s, userspace_addr %s, touched by %s, %s",
+		    when, sptes.nr_4k, sptes.nr_2m, sptes.nr_1g, expected.nr_4k, expected.nr_2m,
+		    expected.nr_1g, m->flags, m->npages, congruence_names[c->congruence],
+		    shape_names[c->shape], huge_view_names[c->view],
+		    toucher_names[c->toucher], guest_names[m->guest]);
 }
 
 /* Returns false if there's not enough contiguous memory. */
 static bool test_huge_case(struct huge_machine *m, const struct huge_case *c)
 {
 	const uint64_t delta = congruence_delta[c->congruence];
-	struct sptes expected, sptes;
 	void *reserved = NULL, *view;
 	size_t reserved_size = 0;
+	struct sptes before;
 	bool enough;
 
 	shape_slots(m, c->shape);
@@ -1125,11 +1140,14 @@ static bool test_huge_case(struct huge_machine *m, const struct huge_case *c)
 					   view ? view + m->slots[i].first * PAGE_SIZE : NULL,
 					   m->fd, m->slots[i].first * PAGE_SIZE);
 
+	before = count_all_sptes(m->vm);
 	touch_huge(m, c->toucher, delta);
 	model_touch(m);
 	enough = check_folios(m);
 	if (!enough)
 		goto out;
+	if (c->toucher == BY_PRE_FAULT)
+		assert_huge_sptes(m, c, sub_sptes(count_all_sptes(m->vm), before), "pre-faulted");
 
 	if (c->view == HUGE_SMALL_PAGES)
 		vmm_does_huge(m, view, GMEM_ADD, 0, 0);
@@ -1150,16 +1168,7 @@ static bool test_huge_case(struct huge_machine *m, const struct huge_case *c)
 	assert_host_not_asked();
 	TEST_ASSERT(check_folios(m), "The file should not have changed");
 
-	expected = expected_sptes(m, delta);
-	sptes = delete_slots(m->vm, m->nr_slots);
-	TEST_ASSERT(sptes.nr_4k == expected.nr_4k && sptes.nr_2m == expected.nr_2m &&
-		    sptes.nr_1g == expected.nr_1g,
-		    "SPTEs: %lu of 4K, %lu of 2M, %lu of 1G, expected %lu, %lu, %lu\n"
-		    "  flags 0x%lx, %lu pages, congruent modulo %s, memslot %s, userspace_addr %s, touched by %s, %s",
-		    sptes.nr_4k, sptes.nr_2m, sptes.nr_1g, expected.nr_4k, expected.nr_2m,
-		    expected.nr_1g, m->flags, m->npages, congruence_names[c->congruence],
-		    shape_names[c->shape], huge_view_names[c->view],
-		    toucher_names[c->toucher], guest_names[m->guest]);
+	assert_huge_sptes(m, c, delete_slots(m->vm, m->nr_slots), "at the end");
 out:
 	if (!enough)
 		delete_slots(m->vm, m->nr_slots);
