@@ -457,7 +457,6 @@ static int inject(struct machine *m, const struct operation *op)
 
 	for (nth = 1; ; nth++) {
 		op->prepare(m);
-		m->vcpu->run->exit_reason = KVM_EXIT_UNKNOWN;
 
 		let_fail(nth);
 		r = op->run(m);
