@@ -1,5 +1,6 @@
 """Boot the disk that lab/deb-boot made with the kernel that was installed on it, and hand on what lab/deb-check prints."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -17,10 +18,12 @@ OK = "deb-check: ok"
 def main():
     release, work = sys.argv[1:]
     accel = boot.accelerator("", "")
+    initrd = f"{work}/initrd.img-{release}"
+    initrd = ["-initrd", initrd] if os.path.exists(initrd) else []
     args = ["/gmem/repo/lab/bin/qemu-system-x86_64", "-machine", "q35", *accel, *boot.nodes(MEMORY, 2, False), "-m", f"{MEMORY}M",
             "-nodefaults", "-display", "none", "-no-reboot",
             "-drive", f"file={work}/disk,format=raw,if=virtio", "-serial", f"file:{work}/console", "-serial", f"file:{work}/out",
-            "-kernel", f"{work}/vmlinuz-{release}", "-initrd", f"{work}/initrd.img-{release}",
+            "-kernel", f"{work}/vmlinuz-{release}", *initrd,
             "-append", "console=ttyS0 root=/dev/vda rw panic=-1 systemd.run=/gmem/repo/lab/deb-check"]
     with open(f"{work}/out", "wb"):
         pass
