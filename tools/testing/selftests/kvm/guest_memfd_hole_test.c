@@ -650,7 +650,8 @@ static void test_tracepoints(void)
 
 	if (create_filled_machine(&m, GUEST_MEMFD_FLAG_HUGE_2M)) {
 		TEST_ASSERT(!fstat(m.fd, &st), __KVM_SYSCALL_ERROR("fstat()", -1));
-		TEST_ASSERT_EQ(traced("guest_memfd_allocate:", "ino %lu index 0x0 asked order 9 got 9\n",
+		TEST_ASSERT_EQ(traced("guest_memfd_allocate:",
+				      "ino %lu index 0x0 asked order 9 got 9\n",
 				      st.st_ino), 1);
 		TEST_ASSERT_EQ(traced("guest_memfd_allocate:", "ino %lu ", st.st_ino), 2);
 
@@ -662,7 +663,8 @@ static void test_tracepoints(void)
 
 		/* Next to what's there already there's room for a page only. */
 		guest_does(&m, GMEM_SET, NPAGES_2M + 5, 42);
-		TEST_ASSERT_EQ(traced("guest_memfd_allocate:", "ino %lu index 0x%lx asked order 0 got 0\n",
+		TEST_ASSERT_EQ(traced("guest_memfd_allocate:",
+				      "ino %lu index 0x%lx asked order 0 got 0\n",
 				      st.st_ino, NPAGES_2M + 5), 1);
 
 		free_machine(&m);
