@@ -24,18 +24,30 @@ COUNTED = ("anon_thp", "hugetlb_2m", "gmem_2m")
 
 
 class Samples:
-    """The samples of a part: values by backing, MiB, vCPUs and figure."""
+    """The samples of a part: values by backing, MiB, vCPUs and figure, each the median of its round."""
 
     def __init__(self, path):
-        self.values = collections.defaultdict(list)
+        samples = collections.defaultdict(lambda: collections.defaultdict(list))
         with open(path, encoding="ascii", newline="") as file:
             for row in csv.DictReader(file):
                 key = (row["backing"], int(row["mib"]), int(row["vcpus"]), row["figure"])
-                self.values[key].append(float(row["value"]))
+                samples[key][int(row["round"])].append(float(row["value"]))
+        self.values = {key: {number: statistics.median(values) for number, values in rounds.items()}
+                       for key, rounds in samples.items()}
 
     def median(self, backing, mib, vcpus, figure):
         values = self.values.get((backing, mib, vcpus, figure))
-        return statistics.median(values) if values else None
+        return statistics.median(values.values()) if values else None
+
+    def ratio(self, backing, base, mib, vcpus, *figures):
+        """Median of the ratios within each round, of the sum of the figures, which are times."""
+        ratios = []
+        for number in range(self.rounds()):
+            sums = [sum(self.values.get((name, mib, vcpus, figure), {}).get(number, 0) * (1000 if figure.endswith("_ms") else 1)
+                        for figure in figures) for name in (backing, base)]
+            if all(sums):
+                ratios.append(sums[0] / sums[1])
+        return statistics.median(ratios) if ratios else None
 
     def rounds(self):
         return max(len(values) for values in self.values.values())
@@ -66,25 +78,20 @@ def windows(folder):
     return {name: statistics.median(sorted(group)[-128:]) for name, group in zip(COUNTED, groups) if len(group) >= 128}
 
 
-def ratio(value, base):
-    return f"{value / base:.2f}" if base else "–"
-
-
 def figures_table(samples):
     mib, backings = 1024, samples.each(0)
-    yield (f"{mib} MiB, one vCPU, medians of {samples.rounds()} rounds; in brackets the ratio to anonymous THP.  What the figures "
-           "are is told at the top of `guest_memfd_perf_test.c`.\n")
+    yield (f"{mib} MiB, one vCPU, medians of {samples.rounds()} rounds; in brackets the ratio to anonymous THP, median of the ratios "
+           "within each round.  What the figures are is told at the top of `guest_memfd_perf_test.c`.\n")
     yield "| figure | " + " | ".join(NAMES[name] for name in backings) + " |"
     yield "| --- |" + " ---: |" * len(backings)
     for figure in samples.each(3):
         name, _, unit = figure.rpartition("_")
         title = f"{name.replace('_', ' ')}, {UNITS[unit]}" if unit in UNITS else figure
-        base = samples.median("anon_thp", mib, 1, figure)
         cells = []
         for backing in backings:
             value = samples.median(backing, mib, 1, figure)
-            cells.append("–" if value is None else f"{value:.4g}" +
-                         (f" ({ratio(value, base)})" if unit in ("ms", "us") and base else ""))
+            ratio = samples.ratio(backing, "anon_thp", mib, 1, figure) if unit in ("ms", "us") else None
+            cells.append("–" if value is None else f"{value:.4g}" + (f" ({ratio:.2f})" if ratio else ""))
         yield f"| {title} | " + " | ".join(cells) + " |"
 
 
@@ -105,19 +112,23 @@ def line_table(samples, axis, index, note):
 
 def small_table(samples):
     """First touch of 256 MiB, of which a page of 1 GiB is four times as much."""
-    base = samples.median("anon_thp", 256, 1, "cold_ms")
-    yield f"First touch of 256 MiB, medians of {samples.rounds()} rounds.\n"
-    yield "| | ms | ratio to anonymous THP |"
-    yield "| --- | ---: | ---: |"
+    bases = ("anon_thp", "gmem_4k")
+    yield f"First touch of 256 MiB, medians of {samples.rounds()} rounds, and of the ratios within each round.\n"
+    yield "| | ms | " + " | ".join(f"ratio to {NAMES[base]}" for base in bases) + " |"
+    yield "| --- |" + " ---: |" * (1 + len(bases))
     for backing in samples.each(0):
         value = samples.median(backing, 256, 1, "cold_ms")
-        yield f"| {NAMES[backing]} | {value:.1f} | {ratio(value, base)} |"
+        ratios = [samples.ratio(backing, base, 256, 1, "cold_ms") for base in bases]
+        yield f"| {NAMES[backing]} | {value:.1f} | " + " | ".join("–" if ratio is None else f"{ratio:.3g}" for ratio in ratios) + " |"
 
 
 def goals(main, scale, instructions):
     """What is to be reached: name, limit, what was measured (None if it was not), and if less is better."""
     def figure(backing, name):
         return main.median(backing, 1024, 1, name) if main else None
+
+    def ratio(base, *figures):
+        return main.ratio("gmem_2m", base, 1024, 1, *figures) if main else None
 
     def per(a, b):
         return a / b if a is not None and b else None
@@ -126,10 +137,9 @@ def goals(main, scale, instructions):
         value = scale.median("gmem_2m", mib, 1, "cold_ms") if scale else None
         return value and value / mib
 
-    cold = figure("gmem_2m", "cold_ms")
-    yield "first touch, guest_memfd 2 MiB to anonymous THP", 0.6, per(cold, figure("anon_thp", "cold_ms")), True
-    yield "first touch, guest_memfd 2 MiB to HugeTLB 2 MiB", 0.8, per(cold, figure("hugetlb_2m", "cold_ms")), True
-    yield "first touch, guest_memfd 2 MiB to guest_memfd 4 KiB", 0.1, per(cold, figure("gmem_4k", "cold_ms")), True
+    yield "first touch, guest_memfd 2 MiB to anonymous THP", 0.6, ratio("anon_thp", "cold_ms"), True
+    yield "first touch, guest_memfd 2 MiB to HugeTLB 2 MiB", 0.8, ratio("hugetlb_2m", "cold_ms"), True
+    yield "first touch, guest_memfd 2 MiB to guest_memfd 4 KiB", 0.1, ratio("gmem_4k", "cold_ms"), True
     yield "faults for 1 GiB at 2 MiB", 512, figure("gmem_2m", "faults"), True
     yield "faults for 1 GiB at 1 GiB", 1, figure("gmem_1g", "faults"), True
     yield ("instructions of the kernel for a fault, outside of clear_page(), guest_memfd 2 MiB to anonymous THP", 0.6,
@@ -137,13 +147,9 @@ def goals(main, scale, instructions):
     yield "KVM's page tables for 1 GiB at 2 MiB, KiB", 32, figure("gmem_2m", "secondary_kib"), True
     yield "host page tables of an unmapped guest_memfd, KiB", 0, figure("gmem_2m", "host_kib"), True
     yield "memory back in 2 MiB after dirty logging, %", 99, figure("gmem_2m", "recovered_percent"), False
-    yield ("end of logging and recovery, guest_memfd 2 MiB to HugeTLB 2 MiB", 1,
-           per(sum(filter(None, (figure("gmem_2m", "recovery_ms"), (figure("gmem_2m", "dirty_stop_us") or 0) / 1000))),
-               sum(filter(None, (figure("hugetlb_2m", "recovery_ms"), (figure("hugetlb_2m", "dirty_stop_us") or 0) / 1000)))),
-           True)
+    yield "end of logging and recovery, guest_memfd 2 MiB to HugeTLB 2 MiB", 1, ratio("hugetlb_2m", "dirty_stop_us", "recovery_ms"), True
     yield "first touch per GiB, guest_memfd 2 MiB, 8 GiB to 256 MiB", 1.1, per(scaled(8192), scaled(256)), True
-    yield ("warm random access, guest_memfd 2 MiB to HugeTLB 2 MiB", 1.02,
-           per(figure("gmem_2m", "warm_ms"), figure("hugetlb_2m", "warm_ms")), True)
+    yield "warm random access, guest_memfd 2 MiB to HugeTLB 2 MiB", 1.02, ratio("hugetlb_2m", "warm_ms"), True
 
 
 def goals_table(main, scale, instructions):

@@ -6,9 +6,10 @@
  * backing, MiB of memory, vCPUs, the name of the figure, its value.  The last word
  * of a figure's name is its unit.  Backings take turns in each round, so that
  * ratios between them don't depend on when they were measured, and in another
- * order, so that what one leaves behind doesn't always hit the same.  The first
- * round is left out: if this is a VM itself, its memory may have to be found by its
- * host first, and the first to touch it would pay.
+ * order, so that what one leaves behind doesn't always hit the same.  Huge pages
+ * take little time and may be measured several times in a round.  The first round
+ * is left out: if this is a VM itself, its memory may have to be found by its host
+ * first, and the first to touch it would pay.
  *
  *  slot_create_us	KVM_SET_USER_MEMORY_REGION2 for all of the memory
  *  cold_ms		each vCPU writes a word to each page of its share of the
@@ -623,12 +624,13 @@ static void help(const char *name)
 {
 	int i;
 
-	printf("%s [-h] [-b BACKING,...] [-c] [-m MIB] [-r ROUNDS] [-v VCPUS]\n"
+	printf("%s [-h] [-b BACKING,...] [-c] [-m MIB] [-n TIMES] [-r ROUNDS] [-v VCPUS]\n"
 	       " -b: what to measure, all by default:", name);
 	for (i = 0; i < ARRAY_SIZE(backings); i++)
 		printf(" %s", backings[i].name);
 	printf("\n -c: no more than the first touch\n"
 	       " -m: memory, a multiple of 4 MiB, default 64\n"
+	       " -n: how often in a round, default 1; pages of 4 KiB only once\n"
 	       " -r: rounds, default 1; one more is not reported, unless it is 0\n"
 	       " -v: vCPUs that share the memory, at most %d, default 1\n", MAX_VCPUS);
 }
@@ -636,14 +638,14 @@ static void help(const char *name)
 int main(int argc, char *argv[])
 {
 	const char *list = NULL;
-	int rounds = 1, vcpus = 1, opt, i;
+	int rounds = 1, times = 1, vcpus = 1, opt, i, n;
 	int order[ARRAY_SIZE(backings)];
 	size_t size = SZ_64M;
 
 	for (i = 0; i < ARRAY_SIZE(order); i++)
 		order[i] = i;
 
-	while ((opt = getopt(argc, argv, "b:chm:r:v:")) != -1) {
+	while ((opt = getopt(argc, argv, "b:chm:n:r:v:")) != -1) {
 		switch (opt) {
 		case 'b':
 			list = optarg;
@@ -653,6 +655,9 @@ int main(int argc, char *argv[])
 			break;
 		case 'm':
 			size = (size_t)atoi_positive("Size in MiB", optarg) * SZ_1M;
+			break;
+		case 'n':
+			times = atoi_positive("Times", optarg);
 			break;
 		case 'r':
 			rounds = atoi_non_negative("Rounds", optarg);
@@ -678,8 +683,12 @@ int main(int argc, char *argv[])
 		if (rounds)
 			shuffle(order, ARRAY_SIZE(order));
 		for (i = 0; i < ARRAY_SIZE(order); i++) {
-			if (wanted(list, backings[order[i]].name))
-				measure(&backings[order[i]], size, vcpus);
+			const struct backing *backing = &backings[order[i]];
+
+			if (!wanted(list, backing->name))
+				continue;
+			for (n = 0; n < (backing->page_size == SZ_4K ? 1 : times); n++)
+				measure(backing, size, vcpus);
 		}
 	}
 
