@@ -382,6 +382,69 @@ static void test_host_mapping(void)
 	close(v->fd);
 }
 
+/* What is left of the VM when the process that it belongs to is gone. */
+static void check_heritage(struct view *v, uint64_t *mem)
+{
+	int ret;
+
+	TEST_ASSERT_EQ(vm_get_stat(v->vm, "pages_2m") + vm_get_stat(v->vm, "pages_4k"), 0);
+	TEST_ASSERT_EQ(gmem_fdinfo(v->fd, "gmem_2m"), BIG_SIZE);
+	for (uint64_t i = 0; i < BIG_SIZE / PAGE_SIZE; i++)
+		TEST_ASSERT_EQ(mem[i * PAGE_SIZE / sizeof(*mem)], gmem_tag(i));
+	ret = __vcpu_run(v->vcpu);
+	TEST_ASSERT(ret == -1 && errno == EIO, "KVM_RUN should fail with EIO, ret %d, errno %d",
+		    ret, errno);
+	punch(v->fd, 0, BIG_SIZE);
+	TEST_ASSERT_EQ(mem[0], 0);
+	kvm_vm_free(v->vm);
+	close(v->fd);
+}
+
+static void own_and_die(int done)
+{
+	struct view view = {}, *v = &view;
+	int alive[2];
+	char byte;
+
+	v->vm = __vm_create_with_vcpus(VM_SHAPE_DEFAULT, 1, 1024, gmem_guest_code, &v->vcpu);
+	vcpu_args_set(v->vcpu, 1, (uint64_t)0);
+	virt_map_level(v->vm, AREA_GPA, AREA_GPA, BIG_SIZE, PG_LEVEL_2M);
+	v->fd = vm_create_guest_memfd(v->vm, BIG_SIZE, GMEM_2M);
+	v->addr = gmem_mmap(v->fd, BIG_SIZE, 0);
+	view_set_slot(v, true);
+	guest_touches(v, GMEM_SET);
+	TEST_ASSERT(vm_get_stat(v->vm, "pages_2m") >= NR_2M, "Too few pages of 2 MiB");
+
+	/* Memory is let go of before files are, i.e. before the pipe ends. */
+	TEST_ASSERT(!pipe(alive), __KVM_SYSCALL_ERROR("pipe()", -1));
+	if (fork())
+		_exit(0);
+	close(alive[1]);
+	TEST_ASSERT_EQ(read(alive[0], &byte, 1), 0);
+	check_heritage(v, v->addr);
+	TEST_ASSERT_EQ(write(done, &byte, 1), 1);
+	_exit(0);
+}
+
+/* The VM's own memory going away is not an event of a mapping: nothing runs any more. */
+static void test_owners_exit(void)
+{
+	int done[2];
+	char byte;
+	pid_t pid;
+
+	pr_info("A4: the exit of the VM's own process\n");
+	TEST_ASSERT(!pipe(done), __KVM_SYSCALL_ERROR("pipe()", -1));
+	pid = fork();
+	TEST_ASSERT(pid >= 0, __KVM_SYSCALL_ERROR("fork()", pid));
+	if (!pid)
+		own_and_die(done[1]);
+	close(done[1]);
+	TEST_ASSERT_EQ(waitpid(pid, NULL, 0), pid);
+	TEST_ASSERT(read(done[0], &byte, 1) == 1, "Whoever has inherited the VM has failed");
+	close(done[0]);
+}
+
 /*
  * A5: KVM's own accesses
  */
@@ -1065,6 +1128,95 @@ static void test_private_memory(void)
 }
 
 /*
+ * What the memslot or the hardware doesn't let KVM have.
+ */
+#define WALL_CLOCK_GPA	AREA_GPA
+#define CLOCK_GPA	(AREA_GPA + SZ_1K)
+#define STEAL_GPA	(AREA_GPA + SZ_2K)
+#define GUARD_BYTE	0x5a
+
+/* What KVM can't do is nothing that the guest has to hear of. */
+static void guest_guarded(void)
+{
+	for (;;) {
+		wrmsr(MSR_KVM_WALL_CLOCK_NEW, WALL_CLOCK_GPA);
+		wrmsr_safe(MSR_KVM_SYSTEM_TIME_NEW, CLOCK_GPA | KVM_MSR_ENABLED);
+		wrmsr_safe(MSR_KVM_STEAL_TIME, STEAL_GPA | KVM_MSR_ENABLED);
+		GUEST_SYNC(0);
+	}
+}
+
+static void let_kvm_write(struct machine *m)
+{
+	for (int i = 0; i < 3; i++) {
+		TEST_ASSERT(!run(m->vcpu), "The guest should go on");
+		update_clock(m);
+	}
+}
+
+/* A6: KVM writes to a memslot that is read-only as little as the guest does. */
+static void test_read_only(void)
+{
+	struct machine m;
+
+	for (uint32_t flags = 0; flags <= KVM_MEM_READONLY; flags += KVM_MEM_READONLY) {
+		pr_info("A6: memslot with flags 0x%x\n", flags);
+		create_machine(&m, guest_guarded, false);
+		memset(m.area.mem, GUARD_BYTE, PAGE_SIZE);
+		vm_set_user_memory_region2(m.vm, AREA_SLOT, 0, AREA_GPA, 0, NULL, -1, 0);
+		vm_set_user_memory_region2(m.vm, AREA_SLOT, KVM_MEM_GUEST_MEMFD | flags,
+					   AREA_GPA, AREA_SIZE, NULL, m.area.fd, 0);
+		let_kvm_write(&m);
+		if (flags) {
+			for (int i = 0; i < PAGE_SIZE; i++)
+				TEST_ASSERT(((uint8_t *)m.area.mem)[i] == GUARD_BYTE,
+					    "KVM has written 0x%x to byte %d of a read-only memslot",
+					    ((uint8_t *)m.area.mem)[i], i);
+		} else {
+			TEST_ASSERT(*(uint32_t *)m.area.mem !=
+				    GUARD_BYTE * 0x01010101U, "KVM has not written the time");
+			TEST_ASSERT(clock_is_set(m.area.mem + CLOCK_GPA - AREA_GPA),
+				    "KVM has not written the clock");
+		}
+		free_machine(&m);
+	}
+}
+
+/*
+ * KVM leaves a page with a memory error alone, also one that it has used before, and
+ * uses the one that takes its place.
+ */
+static void test_memory_error(void)
+{
+	struct machine m;
+	uint8_t *mem;
+	int err;
+
+	pr_info("A5: a page with a memory error\n");
+	create_machine(&m, guest_guarded, false);
+	mem = m.area.mem;
+	let_kvm_write(&m);
+	TEST_ASSERT(clock_is_set(mem + CLOCK_GPA - AREA_GPA), "KVM has not written the clock");
+
+	err = gmem_inject_memory_error(mem);
+	if (err == EINVAL || err == EPERM) {
+		pr_info("Cannot inject memory errors, %s\n", strerror(err));
+		goto out;
+	}
+	let_kvm_write(&m);
+	TEST_ASSERT_EQ(gmem_sigbus_code(mem, false), BUS_MCEERR_AR);
+
+	punch(m.area.fd, 0, PAGE_SIZE);
+	for (int i = 0; i < PAGE_SIZE; i++)
+		TEST_ASSERT(!mem[i], "There's 0x%x in byte %d of a new page", mem[i], i);
+	let_kvm_write(&m);
+	TEST_ASSERT(clock_is_set(mem + CLOCK_GPA - AREA_GPA),
+		    "KVM has not written the clock to the page in place of the bad one");
+out:
+	free_machine(&m);
+}
+
+/*
  * All of it at once: vCPUs run, KVM tells them the time, the VMM unmaps its view
  * and what's at userspace_addr changes, and there are holes.
  */
@@ -1265,8 +1417,11 @@ int main(int argc, char *argv[])
 	setenv("KVM_SELFTESTS_MEM_SRC", "guest_memfd_2mb", 1);
 
 	test_host_mapping();
+	test_owners_exit();
 	test_accessors();
 	test_private_memory();
+	test_read_only();
+	test_memory_error();
 	test_chaos(seconds);
 
 	return 0;

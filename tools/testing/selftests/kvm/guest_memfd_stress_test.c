@@ -121,6 +121,8 @@ static struct kvm_vm *vm;
 static struct kvm_vcpu *main_vcpu, *noise_vcpu;
 static struct kvm_regs main_regs, noise_regs;
 static bool protected_vm, verbose;
+/* Getting the dirty log leaves it as it is, clearing it is up to the VMM. */
+static bool manual_log;
 static uint64_t supported_flags, supported_slots, step, last_stamp;
 static int nr_poisoned;
 static struct guest_random_state rng;
@@ -730,6 +732,15 @@ static bool is_dirty(unsigned long *log, uint64_t page)
 	return log[page / BITS_PER_LONG] & BIT(page % BITS_PER_LONG);
 }
 
+static void fetch_log(struct slot *s, unsigned long *log)
+{
+	const int id = FIRST_SLOT + (s - slots);
+
+	kvm_vm_get_dirty_log(vm, id, log);
+	if (manual_log)
+		kvm_vm_clear_dirty_log(vm, id, log, 0, s->npages);
+}
+
 /* What the guest writes must be in the log, along with what the noise writes. */
 static void check_log(struct slot *s)
 {
@@ -740,9 +751,9 @@ static void check_log(struct slot *s)
 		return;
 
 	random_range(s->npages, &first, &nr);
-	kvm_vm_get_dirty_log(vm, FIRST_SLOT + (s - slots), log);
+	fetch_log(s, log);
 	guest_writes(s, first, nr);
-	kvm_vm_get_dirty_log(vm, FIRST_SLOT + (s - slots), log);
+	fetch_log(s, log);
 	for (i = first; i < first + nr; i++)
 		TEST_ASSERT(!is_usable(s, i) || is_dirty(log, i),
 			    "Page %lu of slot %ld was written and isn't logged, step %lu, seed 0x%x",
@@ -884,6 +895,27 @@ static int punch(struct file *f, uint64_t first, uint64_t nr)
 {
 	return fallocate(f->fd, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE,
 			 first * PAGE_SIZE, nr * PAGE_SIZE);
+}
+
+/* Nothing that somebody has written is in what's said to be a hole. */
+static void do_seek(void)
+{
+	struct file *f = random_file();
+	uint64_t first, i;
+	off_t data;
+
+	if (!f)
+		return;
+
+	first = rnd(f->active);
+	data = lseek(f->fd, first * PAGE_SIZE, SEEK_DATA);
+	log_step("file %ld: data behind page %lu at 0x%lx", f - files, first, data);
+	TEST_ASSERT(data >= 0 || errno == ENXIO, "lseek() failed, %s, step %lu, seed 0x%x",
+		    strerror(errno), step, guest_random_seed);
+	for (i = first; i < f->active && (data < 0 || i < data / PAGE_SIZE); i++)
+		TEST_ASSERT(!f->stamps[i] || f->stamps[i] == UNKNOWN,
+			    "Page %lu of file %ld has 0x%lx and is in a hole, step %lu, seed 0x%x",
+			    i, f - files, f->stamps[i], step, guest_random_seed);
 }
 
 static bool has_poison(struct file *f, uint64_t first, uint64_t nr)
@@ -1475,6 +1507,11 @@ static void create_machine(void)
 	vm = __vm_create(shape, 2, 4 * NPAGES_2M);
 	supported_flags = vm_check_cap(vm, KVM_CAP_GUEST_MEMFD_FLAGS);
 	supported_slots = vm_check_cap(vm, KVM_CAP_GUEST_MEMFD_SLOTS);
+	manual_log = one_in(2) && vm_check_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
+	if (manual_log)
+		vm_enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+			      one_in(2) ? KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE :
+			      vm_check_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2));
 	main_vcpu = vm_vcpu_add(vm, MAIN_VCPU, guest_main);
 	noise_vcpu = vm_vcpu_add(vm, NOISE_VCPU, guest_noise);
 	vcpu_regs_get(main_vcpu, &main_regs);
@@ -1545,6 +1582,7 @@ static const struct {
 	{ do_vmm_check, 10 },
 	{ do_punch, 40 },
 	{ do_populate, 8 },
+	{ do_seek, 5 },
 	{ do_pin, 8 },
 	{ do_unpin, 6 },
 	{ do_poison, 1 },
