@@ -396,8 +396,6 @@ static void check_heritage(struct view *v, uint64_t *mem)
 		    ret, errno);
 	punch(v->fd, 0, BIG_SIZE);
 	TEST_ASSERT_EQ(mem[0], 0);
-	kvm_vm_free(v->vm);
-	close(v->fd);
 }
 
 static void own_and_die(int done)
