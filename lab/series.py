@@ -19,6 +19,7 @@ A commit says in a Topic: line which folder of patches/ it belongs to; the line 
 Runs inside the Debian tree.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -138,6 +139,19 @@ def commit_series(tree, series):
     return parent
 
 
+def fingerprint(project, tree):
+    """Of all that the commits are made from."""
+    digest = hashlib.sha1(run("git", "rev-parse", "base^{commit}", cwd=tree))
+    for top in (PATCHES[project], *(ADDED_ROOTS if project == "linux" else ()), "lab/series.py"):
+        path = os.path.join(REPO, top)
+        found = [path] if os.path.isfile(path) else sorted(
+            os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+        for name in found:
+            with open(name, "rb") as file:
+                digest.update(f"{name}\0{os.path.getsize(name)}\0".encode() + file.read())
+    return digest.hexdigest()
+
+
 def apply(project, tree):
     head = run("git", "rev-parse", "HEAD", cwd=tree).decode().strip()
     applied = run("git", "rev-parse", "-q", "--verify", APPLIED, cwd=tree, check=False).decode().strip()
@@ -147,10 +161,18 @@ def apply(project, tree):
         print(f"build/{project} has {'edits' if edits else 'commits'} of its own and is left as it is; 'make export' "
               f"writes commits back to patches/, 'make discard' drops them", file=sys.stderr)
         return
+    # It takes seconds to find out that they are the same.
+    stamp, state = os.path.join(tree, ".git", "gmem-series"), fingerprint(project, tree)
+    if head == applied and os.path.exists(stamp):
+        with open(stamp, encoding="ascii") as file:
+            if file.read() == state:
+                return
     tip = commit_series(tree, patches(project))
     if tip != head:
         run("git", "checkout", "-q", "--detach", tip, cwd=tree)
     run("git", "update-ref", APPLIED, tip, cwd=tree)
+    with open(stamp, "w", encoding="ascii") as file:
+        file.write(state)
 
 
 def discard(project, tree):
