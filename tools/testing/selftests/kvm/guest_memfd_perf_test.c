@@ -620,6 +620,17 @@ static bool wanted(const char *list, const char *name)
 	return false;
 }
 
+/* Pages of 4 KiB take long enough to be measured once. */
+static void measure_each(const int *order, const char *list, int n, size_t size, int vcpus)
+{
+	for (int i = 0; i < ARRAY_SIZE(backings); i++) {
+		const struct backing *backing = &backings[order[i]];
+
+		if (wanted(list, backing->name) && (!n || backing->page_size != SZ_4K))
+			measure(backing, size, vcpus);
+	}
+}
+
 static void help(const char *name)
 {
 	int i;
@@ -680,15 +691,10 @@ int main(int argc, char *argv[])
 	printf("round,backing,mib,vcpus,figure,value\n");
 	/* -1 isn't reported, and is all there is without rounds. */
 	for (round_nr = rounds ? -1 : 0; round_nr < max(rounds, 1); round_nr++) {
-		if (rounds)
-			shuffle(order, ARRAY_SIZE(order));
-		for (i = 0; i < ARRAY_SIZE(order); i++) {
-			const struct backing *backing = &backings[order[i]];
-
-			if (!wanted(list, backing->name))
-				continue;
-			for (n = 0; n < (backing->page_size == SZ_4K ? 1 : times); n++)
-				measure(backing, size, vcpus);
+		for (n = 0; n < times; n++) {
+			if (rounds)
+				shuffle(order, ARRAY_SIZE(order));
+			measure_each(order, list, n, size, vcpus);
 		}
 	}
 
