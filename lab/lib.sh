@@ -93,6 +93,16 @@ lay_out() {
 	echo "$3" >"$build/$2/.git/gmem-base"
 }
 
+# lay_out_linux: build/linux, or build/linux-stock for KERNEL=stock, is the base with, or without, the series as patches/ has it.
+# Wants lock_build "linux-$source".
+lay_out_linux() {
+	local version dir=linux
+	[ "$source" != stock ] || dir=linux-stock
+	version=$("$repo/lab/source" linux)
+	[ "$(cat "$build/$dir/.git/gmem-base" 2>/dev/null)" = "$version" ] || step "lay-out-$dir" 'lay out the base' '30 s' lay_out linux "$dir" "$version"
+	[ "$source" = stock ] || in_tree /gmem/repo/lab/series.py apply linux || die "the series does not apply to linux-source-6.12 $version"
+}
+
 # Parameters that turn nested paging off; one of the other vendor's module does nothing.
 shadow='kvm_amd.npt=0 kvm_intel.ept=0'
 

@@ -163,16 +163,16 @@ def apply(project, tree):
         return
     # It takes seconds to find out that they are the same.
     stamp, state = os.path.join(tree, ".git", "gmem-series"), fingerprint(project, tree)
-    if head == applied and os.path.exists(stamp):
+    if os.path.exists(stamp):
         with open(stamp, encoding="ascii") as file:
-            if file.read() == state:
+            if file.read() == f"{state} {head}":
                 return
     tip = commit_series(tree, patches(project))
     if tip != head:
         run("git", "checkout", "-q", "--detach", tip, cwd=tree)
     run("git", "update-ref", APPLIED, tip, cwd=tree)
     with open(stamp, "w", encoding="ascii") as file:
-        file.write(state)
+        file.write(f"{state} {tip}")
 
 
 def discard(project, tree):
