@@ -51,6 +51,29 @@ out:
 	return ret;
 }
 
+/*
+ * Map what the file holds around an address that is read.  Called in an RCU
+ * read-side section: leave it to the fault to wait for a hole.
+ */
+static vm_fault_t kvm_gmem_map_pages(struct vm_fault *vmf, pgoff_t start, pgoff_t end)
+{
+	struct inode *inode = file_inode(vmf->vma->vm_file);
+	vm_fault_t ret;
+
+	/* See kvm_gmem_fault_user_mapping(). */
+	if (vmf->pgoff >= i_size_read(inode) >> PAGE_SHIFT ||
+	    !kvm_gmem_is_shared(inode))
+		return 0;
+
+	if (!filemap_invalidate_trylock_shared(inode->i_mapping))
+		return 0;
+
+	ret = filemap_map_pages(vmf, start, end);
+
+	filemap_invalidate_unlock_shared(inode->i_mapping);
+	return ret;
+}
+
 #ifdef CONFIG_NUMA
 /*
  * Return the policy for @index with a reference to be dropped by
@@ -84,6 +107,7 @@ static struct mempolicy *kvm_gmem_get_policy(struct vm_area_struct *vma,
 
 static const struct vm_operations_struct kvm_gmem_vm_ops = {
 	.fault		= kvm_gmem_fault_user_mapping,
+	.map_pages	= kvm_gmem_map_pages,
 #ifdef CONFIG_NUMA
 	.get_policy	= kvm_gmem_get_policy,
 	.set_policy	= kvm_gmem_set_policy,

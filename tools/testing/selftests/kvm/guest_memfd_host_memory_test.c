@@ -16,6 +16,7 @@
 #include <linux/kernel-page-flags.h>
 #include <linux/sizes.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 
@@ -342,6 +343,58 @@ static void test_compaction(uint64_t flags)
 }
 
 /*
+ * A read by the VMM maps what is around it, but adds nothing to the file, and a
+ * page with a memory error is left out.
+ */
+#define HOLE	5
+#define BAD	7
+#define GROUP	16
+
+static void test_fault_around(uint64_t flags)
+{
+	const uint64_t nr = TEST_SIZE / PAGE_SIZE;
+	struct rusage before, after;
+	struct machine m;
+	uint64_t held;
+	char *mem;
+	int ret;
+
+	pr_info("Flags 0x%lx: the VMM reads what the guest has written\n", flags);
+	create_machine(&m, flags, TEST_SIZE);
+	guest_does(&m, GMEM_SET);
+	for (uint64_t i = HOLE; i < nr; i += GROUP) {
+		ret = fallocate(m.fd, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE,
+				i * PAGE_SIZE, PAGE_SIZE);
+		TEST_ASSERT(!ret, __KVM_SYSCALL_ERROR("fallocate()", ret));
+	}
+	held = gmem_fdinfo(m.fd, "gmem_4k");
+
+	getrusage(RUSAGE_SELF, &before);
+	for (uint64_t i = 0; i < nr; i++) {
+		uint64_t word;
+
+		if (i % GROUP == HOLE)
+			continue;
+		word = READ_ONCE(m.mem[i * PAGE_SIZE / sizeof(*m.mem)]);
+		TEST_ASSERT(word == gmem_tag(i), "Page %lu holds 0x%lx", i, word);
+	}
+	getrusage(RUSAGE_SELF, &after);
+	TEST_ASSERT(after.ru_minflt - before.ru_minflt < nr / 4,
+		    "%lu faults for %lu pages", after.ru_minflt - before.ru_minflt, nr);
+	TEST_ASSERT_EQ(gmem_fdinfo(m.fd, "gmem_4k"), held);
+
+	/* Nothing is mapped in another view. */
+	ret = gmem_inject_memory_error((char *)m.mem + BAD * PAGE_SIZE);
+	if (!ret || ret == EBUSY) {
+		mem = gmem_mmap(m.fd, TEST_SIZE, 0);
+		TEST_ASSERT_EQ(READ_ONCE(*(uint64_t *)mem), gmem_tag(0));
+		TEST_ASSERT_EQ(gmem_sigbus_code(mem + BAD * PAGE_SIZE, false), BUS_MCEERR_AR);
+		munmap(mem, TEST_SIZE);
+	}
+	free_machine(&m);
+}
+
+/*
  * The last user, whoever that is, gives it back
  */
 
@@ -464,6 +517,8 @@ int main(void)
 		test_limit(all_flags[i]);
 		test_offline(all_flags[i], SZ_512M);
 		test_compaction(all_flags[i]);
+		if (!(all_flags[i] & GUEST_MEMFD_FLAG_HUGE_2M))
+			test_fault_around(all_flags[i]);
 		test_release(all_flags[i]);
 		test_bad_memory(all_flags[i], TEST_SIZE);
 	}
