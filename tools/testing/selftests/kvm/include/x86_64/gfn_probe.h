@@ -11,6 +11,8 @@ struct gfn_probe {
 	/* The number of the argument that is the gfn, from 1. */
 	int arg;
 	bool installed;
+	/* As of the last read. */
+	uint64_t total;
 };
 
 /* Returns NULL, or the reason why the probe cannot be used. */
