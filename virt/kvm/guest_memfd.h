@@ -98,11 +98,18 @@ int kvm_gmem_mmap(struct file *file, struct vm_area_struct *vma);
 #ifdef CONFIG_NUMA
 struct mempolicy *kvm_gmem_get_mpol(struct inode *inode, pgoff_t index,
 				    pgoff_t *ilx);
+bool kvm_gmem_has_one_policy(struct inode *inode, pgoff_t start, pgoff_t last);
 #else
 static inline struct mempolicy *kvm_gmem_get_mpol(struct inode *inode,
 						  pgoff_t index, pgoff_t *ilx)
 {
 	return NULL;
+}
+
+static inline bool kvm_gmem_has_one_policy(struct inode *inode, pgoff_t start,
+					   pgoff_t last)
+{
+	return true;
 }
 #endif
 

@@ -264,7 +264,8 @@ static void kvm_gmem_update_gigantic_backoff(struct kvm_gmem_inode *gi, bool suc
 
 /*
  * A folio of this order may be added at @index if the file permits it and the
- * naturally aligned range is inside of the file and has nothing in it yet.
+ * naturally aligned range is inside of the file, has nothing in it yet and no
+ * more than one NUMA policy.
  */
 static bool kvm_gmem_order_fits(struct inode *inode, pgoff_t index, int order)
 {
@@ -278,6 +279,7 @@ static bool kvm_gmem_order_fits(struct inode *inode, pgoff_t index, int order)
 		return true;
 
 	return last < i_size_read(inode) >> PAGE_SHIFT &&
+	       kvm_gmem_has_one_policy(inode, start, last) &&
 	       !xa_find(&inode->i_mapping->i_pages, &start, last, XA_PRESENT);
 }
 

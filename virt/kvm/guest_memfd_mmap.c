@@ -89,6 +89,35 @@ struct mempolicy *kvm_gmem_get_mpol(struct inode *inode, pgoff_t index,
 	return mpol_shared_policy_lookup(&GMEM_I(inode)->policy, index);
 }
 
+/*
+ * Return true if a folio may have all of the range from @start to @last, i.e. if no
+ * policy begins or ends in it: one folio can obey only one of them.
+ */
+bool kvm_gmem_has_one_policy(struct inode *inode, pgoff_t start, pgoff_t last)
+{
+	struct shared_policy *policy = &GMEM_I(inode)->policy;
+	struct sp_node *node, *first = NULL;
+	struct rb_node *n;
+
+	guard(read_lock)(&policy->lock);
+
+	/* The nodes don't overlap, and their ends are exclusive. */
+	for (n = policy->root.rb_node; n; ) {
+		node = rb_entry(n, struct sp_node, nd);
+		if (node->end > start) {
+			first = node;
+			n = n->rb_left;
+		} else {
+			n = n->rb_right;
+		}
+	}
+
+	if (!first || first->start > last)
+		return true;
+
+	return first->start <= start && first->end > last;
+}
+
 static int kvm_gmem_set_policy(struct vm_area_struct *vma, struct mempolicy *mpol)
 {
 	struct inode *inode = file_inode(vma->vm_file);

@@ -235,6 +235,13 @@ static void test_limit(uint64_t flags)
 	rmdir(CGROUP);
 }
 
+static void punch(struct machine *m, off_t offset, off_t len)
+{
+	int ret = fallocate(m->fd, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, offset, len);
+
+	TEST_ASSERT(!ret, __KVM_SYSCALL_ERROR("fallocate()", ret));
+}
+
 /*
  * Memory stays where it is
  */
@@ -278,6 +285,28 @@ static int offline(uint64_t block)
 	return err;
 }
 
+/* The file keeps the bad page.  If it's all there is, so is the block. */
+static void test_offline_bad(struct machine *m, uint64_t block, void *bad)
+{
+	off_t offset = bad - (void *)m->mem;
+	int err = gmem_inject_memory_error(bad);
+
+	if (err == EINVAL || err == EPERM) {
+		pr_info("Cannot inject memory errors, %s\n", strerror(err));
+		return;
+	}
+	TEST_ASSERT(!err, "madvise(MADV_HWPOISON) failed, %s", strerror(err));
+
+	punch(m, 0, offset);
+	punch(m, offset + PAGE_SIZE, m->size - offset - PAGE_SIZE);
+	TEST_ASSERT_EQ(gmem_fdinfo(m->fd, "gmem_4k"), PAGE_SIZE);
+
+	err = offline(block);
+	TEST_ASSERT(err == EBUSY, "Block %lu going offline with a bad page: errno %d, expected EBUSY",
+		    block, err);
+	TEST_ASSERT_EQ(gmem_sigbus_code(bad, false), BUS_MCEERR_AR);
+}
+
 /*
  * Whoever takes memory offline is refused, rather than kept busy.  The file is
  * big enough to have blocks of memory to itself, as a block that has anything
@@ -285,7 +314,8 @@ static int offline(uint64_t block)
  */
 static void test_offline(uint64_t flags, size_t size)
 {
-	uint64_t block, tried = -1ULL;
+	uint64_t block, tried = -1ULL, busy = 0;
+	void *bad = NULL;
 	struct machine m;
 	size_t i;
 
@@ -320,9 +350,15 @@ static void test_offline(uint64_t flags, size_t size)
 			    "Block %lu going offline: errno %d, expected EBUSY", block, err);
 		TEST_ASSERT_EQ(pfn_of(page) * PAGE_SIZE /
 			       read_number(MEMORY "/block_size_bytes", "", 16), block);
+		if (err == EBUSY) {
+			busy = block;
+			bad = page;
+		}
 	}
 
 	guest_does(&m, GMEM_CHECK);
+	if (bad && flags == GMEM_SHARED)
+		test_offline_bad(&m, busy, bad);
 	free_machine(&m);
 }
 
@@ -386,11 +422,8 @@ static void test_fault_around(uint64_t flags)
 	pr_info("Flags 0x%lx: the VMM reads what the guest has written\n", flags);
 	create_machine(&m, flags, TEST_SIZE);
 	guest_does(&m, GMEM_SET);
-	for (uint64_t i = HOLE; holes && i < nr; i += GROUP) {
-		ret = fallocate(m.fd, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE,
-				i * PAGE_SIZE, PAGE_SIZE);
-		TEST_ASSERT(!ret, __KVM_SYSCALL_ERROR("fallocate()", ret));
-	}
+	for (uint64_t i = HOLE; holes && i < nr; i += GROUP)
+		punch(&m, i * PAGE_SIZE, PAGE_SIZE);
 	held = gmem_fdinfo(m.fd, "gmem_4k") + gmem_fdinfo(m.fd, "gmem_2m");
 
 	mem = map_off(&m, &reserved);

@@ -143,6 +143,7 @@ void *gmem_mmap(int fd, size_t size, off_t offset)
 
 static __thread sigjmp_buf sigbus_jmp;
 static __thread bool sigbus_expected;
+static __thread int sigbus_lsb;
 
 static void sigbus_handler(int signal, siginfo_t *info, void *context)
 {
@@ -152,7 +153,16 @@ static void sigbus_handler(int signal, siginfo_t *info, void *context)
 		return;
 	}
 
+	sigbus_lsb = info->si_addr_lsb;
 	siglongjmp(sigbus_jmp, info->si_code);
+}
+
+/* However large the folio is, no more than a page of it is lost. */
+static void assert_page_lost(int code)
+{
+	if (code == BUS_MCEERR_AR || code == BUS_MCEERR_AO)
+		TEST_ASSERT(1 << sigbus_lsb == getpagesize(),
+			    "SIGBUS says that 2^%d bytes are lost", sigbus_lsb);
 }
 
 static void __install_sigbus_handler(void)
@@ -193,6 +203,7 @@ int gmem_sigbus_code(void *mem, bool write)
 			(void)*byte;
 	}
 	WRITE_ONCE(sigbus_expected, false);
+	assert_page_lost(code);
 
 	return code;
 }
@@ -203,15 +214,17 @@ int gmem_sigbus_code(void *mem, bool write)
  */
 int gmem_inject_memory_error(void *mem)
 {
-	int err = 0;
+	int code, err = 0;
 
 	install_sigbus_handler();
 
-	if (!sigsetjmp(sigbus_jmp, 1)) {
+	code = sigsetjmp(sigbus_jmp, 1);
+	if (!code) {
 		WRITE_ONCE(sigbus_expected, true);
 		err = madvise(mem, getpagesize(), MADV_HWPOISON) ? errno : 0;
 	}
 	WRITE_ONCE(sigbus_expected, false);
+	assert_page_lost(code);
 
 	return err;
 }
