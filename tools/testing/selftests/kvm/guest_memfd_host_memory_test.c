@@ -302,7 +302,8 @@ static void test_offline_bad(struct machine *m, uint64_t block, void *bad)
 	TEST_ASSERT_EQ(gmem_fdinfo(m->fd, "gmem_4k"), PAGE_SIZE);
 
 	err = offline(block);
-	TEST_ASSERT(err == EBUSY, "Block %lu going offline with a bad page: errno %d, expected EBUSY",
+	TEST_ASSERT(err == EBUSY,
+		    "Block %lu going offline with a bad page: errno %d, expected EBUSY",
 		    block, err);
 	TEST_ASSERT_EQ(gmem_sigbus_code(bad, false), BUS_MCEERR_AR);
 }
@@ -344,7 +345,8 @@ static void test_offline(uint64_t flags, size_t size)
 			/* EINVAL: it can't, whatever is in it, as there's a hole. */
 			err = offline(block);
 			TEST_ASSERT(err == EBUSY || err == EINVAL,
-				    "Block %lu going offline: errno %d, expected EBUSY", block, err);
+				    "Block %lu going offline: errno %d, expected EBUSY",
+				    block, err);
 			TEST_ASSERT_EQ(pfn_of(page) * PAGE_SIZE /
 				       read_number(MEMORY "/block_size_bytes", "", 16), block);
 			tried = block;
