@@ -98,8 +98,9 @@ bool kvm_gmem_has_one_policy(struct inode *inode, pgoff_t start, pgoff_t last)
 	struct shared_policy *policy = &GMEM_I(inode)->policy;
 	struct sp_node *node, *first = NULL;
 	struct rb_node *n;
+	bool ret;
 
-	guard(read_lock)(&policy->lock);
+	read_lock(&policy->lock);
 
 	/* The nodes don't overlap, and their ends are exclusive. */
 	for (n = policy->root.rb_node; n; ) {
@@ -112,10 +113,11 @@ bool kvm_gmem_has_one_policy(struct inode *inode, pgoff_t start, pgoff_t last)
 		}
 	}
 
-	if (!first || first->start > last)
-		return true;
+	ret = !first || first->start > last ||
+	      (first->start <= start && first->end > last);
 
-	return first->start <= start && first->end > last;
+	read_unlock(&policy->lock);
+	return ret;
 }
 
 static int kvm_gmem_set_policy(struct vm_area_struct *vma, struct mempolicy *mpol)
