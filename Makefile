@@ -4,10 +4,10 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 # What the user set goes to the scripts as it was typed: a $ in CMD is the shell's, not make's.
-settings := KERNEL DEBUG HV KVER QVER KVM_PARAMS MEM CPUS CMD SHARE OUT ACCEL TIMEOUT SILENCE TESTS SLOW SUITE CELL AGAIN L1S TEST_SECONDS ROUNDS ONLY BOOT KCONFIG DEBUG_SYMBOLS PLUGIN PREALLOC JOBS
+settings := KERNEL DEBUG HV KVER QVER KVM_PARAMS MEM CPUS CMD SHARE OUT ACCEL TIMEOUT SILENCE TESTS SLOW SUITE CELL AGAIN L1S TEST_SECONDS ROUNDS ONLY BOOT KCONFIG DEBUG_SYMBOLS PLUGIN PREALLOC JOBS BUG LIMIT
 $(foreach v,$(settings),$(if $(filter undefined,$(origin $(v))),,$(eval override $(v) := $$(value $(v)))$(eval export $(v))))
 
-.PHONY: help run check matrix shell linux qemu selftests bench series static prefixes deb export discard clean distclean
+.PHONY: help run check matrix shell linux qemu selftests bench series static prefixes plant deb export discard clean distclean
 
 help: ## this
 	@lab/help
@@ -33,6 +33,8 @@ static: ## check the Linux series with sparse, coccinelle, checkpatch, W=1, and 
 	@lab/static
 prefixes: ## build each prefix of the Linux series, with W=1, and boot it
 	@lab/prefixes
+plant: ## plant bugs in KVM, and see how long the stress test takes to find each
+	@lab/plant
 deb: ## build installable packages of the kernel and QEMU in build/deb, and try them in a fresh Debian 13; takes two hours
 	@lab/deb
 export: ## write the commits of build/linux and build/qemu back to patches/ and the added files

@@ -8,11 +8,13 @@
  */
 #include <fcntl.h>
 #include <stdlib.h>
+#include <time.h>
 #include <sys/mman.h>
 
 #include <linux/falloc.h>
 #include <linux/sizes.h>
 
+#include "gfn_probe.h"
 #include "guest_memfd.h"
 #include "kvm_util.h"
 #include "processor.h"
@@ -134,6 +136,57 @@ static size_t small_memory_of_vm(uint64_t flags)
 	return small;
 }
 
+/*
+ * Looking for 1 GiB takes long and interrupts all CPUs.  When there's none, a file
+ * leaves it at one attempt every two seconds, or fewer, whatever is touched.  Who
+ * populates memory has the time to try.
+ */
+static void test_back_off(struct kvm_vm *vm)
+{
+	struct gfn_probe probe = {
+		.function = "alloc_contig_pages_noprof",
+		.arg = 1,
+	};
+	const uint64_t nr_pages = SZ_1G / getpagesize(), nr_blocks = 16;
+	const size_t size = nr_blocks * SZ_1G;
+	struct timespec start, elapsed;
+	uint64_t i, per_attempt, nr;
+	const char *reason;
+	char *mem;
+	int fd;
+
+	reason = gfn_probe_install(&probe, nr_pages, nr_pages);
+	if (reason) {
+		pr_info("Attempts to find 1 GiB cannot be counted: %s\n", reason);
+		return;
+	}
+
+	fd = vm_create_guest_memfd(vm, size, GMEM_1G);
+	mem = gmem_mmap(fd, size, 0);
+
+	clock_gettime(CLOCK_MONOTONIC, &start);
+	WRITE_ONCE(mem[0], 1);
+	/* There may be one for the node and one for any. */
+	per_attempt = gfn_probe_read(&probe);
+	TEST_ASSERT(per_attempt, "The first 1 GiB of the file was not asked for");
+
+	for (i = 1; i < nr_blocks - 1; i++)
+		WRITE_ONCE(mem[i * SZ_1G], 1);
+	nr = gfn_probe_read(&probe);
+	elapsed = timespec_elapsed(start);
+	TEST_ASSERT(nr <= per_attempt * (elapsed.tv_sec / 2),
+		    "%lu calls in %ld s, %lu per attempt", nr, elapsed.tv_sec, per_attempt);
+
+	TEST_ASSERT(!fallocate(fd, FALLOC_FL_KEEP_SIZE, i * SZ_1G, getpagesize()),
+		    __KVM_SYSCALL_ERROR("fallocate()", -1));
+	TEST_ASSERT_EQ(gfn_probe_read(&probe), per_attempt);
+
+	TEST_ASSERT_EQ(gmem_fdinfo(fd, "gmem_1g"), 0);
+	munmap(mem, size);
+	close(fd);
+	gfn_probe_remove(&probe);
+}
+
 int main(void)
 {
 	uint64_t had, killed, flags[] = { GMEM_2M, GMEM_1G };
@@ -151,6 +204,7 @@ int main(void)
 	for (i = 0; i < ARRAY_SIZE(flags); i++)
 		TEST_ASSERT(small_memory_of_vm(flags[i]),
 			    "All of it is huge, this test is none");
+	test_back_off(vm);
 
 	write_number(NR_HUGEPAGES, had);
 	close(fd);

@@ -34,6 +34,7 @@
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
+#include <asm/barrier.h>
 
 #include "guest_memfd.h"
 #include "kvm_util.h"
@@ -123,6 +124,8 @@ static struct kvm_regs main_regs, noise_regs;
 static bool protected_vm, verbose;
 /* Getting the dirty log leaves it as it is, clearing it is up to the VMM. */
 static bool manual_log;
+/* Dirty pages are in a ring of each vCPU instead. */
+static bool ring_log;
 static uint64_t supported_flags, supported_slots, step, last_stamp;
 static int nr_poisoned;
 static struct guest_random_state rng;
@@ -356,6 +359,80 @@ static void vmm_checks(struct file *f, uint64_t first, uint64_t nr)
 	}
 }
 
+/*
+ * The dirty rings
+ */
+
+/* So few that what the guest writes at once may be more than fits. */
+#define RING_SIZE	(SZ_1K * sizeof(struct kvm_dirty_gfn))
+
+static pthread_mutex_t ring_lock = PTHREAD_MUTEX_INITIALIZER;
+static unsigned long ring_logs[NR_SLOTS][MAX_PAGES / BITS_PER_LONG];
+/* How many entries of each vCPU's ring have been collected. */
+static uint32_t nr_collected[2];
+
+static void log_dirty_gfn(struct kvm_dirty_gfn *gfn)
+{
+	unsigned long *log;
+
+	/* The memory that the guest runs in has a slot, too. */
+	if (gfn->slot < FIRST_SLOT)
+		return;
+
+	TEST_ASSERT(gfn->slot < FIRST_SLOT + NR_SLOTS && gfn->offset < MAX_PAGES,
+		    "Dirty page 0x%llx of slot 0x%x, step %lu, seed 0x%x", gfn->offset, gfn->slot,
+		    step, guest_random_seed);
+	log = ring_logs[gfn->slot - FIRST_SLOT];
+	log[gfn->offset / BITS_PER_LONG] |= BIT(gfn->offset % BITS_PER_LONG);
+}
+
+static void collect_ring(struct kvm_vcpu *vcpu)
+{
+	struct kvm_dirty_gfn *ring = vcpu_map_dirty_ring(vcpu), *gfn;
+
+	for (;;) {
+		gfn = &ring[nr_collected[vcpu->id] % vcpu->dirty_gfns_count];
+		/* KVM sets the flag when the rest of the entry is there. */
+		if (smp_load_acquire(&gfn->flags) != KVM_DIRTY_GFN_F_DIRTY)
+			return;
+		log_dirty_gfn(gfn);
+		/* From here on the entry is KVM's again. */
+		smp_store_release(&gfn->flags, KVM_DIRTY_GFN_F_RESET);
+		nr_collected[vcpu->id]++;
+	}
+}
+
+/*
+ * Both vCPUs' rings: a page that one of them has made dirty is writable for the
+ * other, which doesn't log it again.  @log is NULL or for slot @i, whose log
+ * starts anew.
+ */
+static void collect_rings(int i, unsigned long *log)
+{
+	pthread_mutex_lock(&ring_lock);
+	collect_ring(main_vcpu);
+	collect_ring(noise_vcpu);
+	kvm_vm_reset_dirty_ring(vm);
+	if (log) {
+		memcpy(log, ring_logs[i], sizeof(ring_logs[i]));
+		memset(ring_logs[i], 0, sizeof(ring_logs[i]));
+	}
+	pthread_mutex_unlock(&ring_lock);
+}
+
+/* Returns what KVM_RUN does once no ring is full. */
+static int run_main_vcpu(void)
+{
+	int r;
+
+	for (;;) {
+		r = _vcpu_run(main_vcpu);
+		if (r || main_vcpu->run->exit_reason != KVM_EXIT_DIRTY_RING_FULL)
+			return r;
+		collect_rings(0, NULL);
+	}
+}
+
 /* Returns what KVM_RUN does. */
 static int run_guest(struct slot *s, enum work_op op, uint64_t first, uint64_t nr)
 {
@@ -370,7 +447,7 @@ static int run_guest(struct slot *s, enum work_op op, uint64_t first, uint64_t n
 	for (uint64_t i = 0; i < nr; i++)
 		w->stamps[i] = is_usable(s, first + i) ? *slot_stamp(s, first + i) : UNKNOWN;
 
-	r = _vcpu_run(main_vcpu);
+	r = run_main_vcpu();
 	if (r)
 		return r;
 
@@ -736,6 +813,10 @@ static void fetch_log(struct slot *s, unsigned long *log)
 {
 	const int id = FIRST_SLOT + (s - slots);
 
+	if (ring_log) {
+		collect_rings(s - slots, log);
+		return;
+	}
 	kvm_vm_get_dirty_log(vm, id, log);
 	if (manual_log)
 		kvm_vm_clear_dirty_log(vm, id, log, 0, s->npages);
@@ -1096,7 +1177,7 @@ static void guest_touches_poison(struct slot *s, uint64_t i)
 	w->gva = s->gpa + i * PAGE_SIZE;
 	w->nr = 1;
 	w->stamps[0] = 0;
-	r = _vcpu_run(main_vcpu);
+	r = run_main_vcpu();
 	TEST_ASSERT(r == -1 && errno == EHWPOISON && run->exit_reason == KVM_EXIT_MEMORY_FAULT &&
 		    run->memory_fault.gpa == s->gpa + i * PAGE_SIZE,
 		    "KVM_RUN should fail with EHWPOISON, r %d, errno %d, exit reason %s, step %lu, seed 0x%x",
@@ -1364,8 +1445,10 @@ static void *noise_vcpu_thread(void *arg)
 		int r = __vcpu_run(noise_vcpu);
 
 		/* A memslot may be gone, a page may be bad, also one of a ROM. */
-		if (r || (noise_vcpu->run->exit_reason != KVM_EXIT_IO &&
-			  noise_vcpu->run->exit_reason != KVM_EXIT_MMIO))
+		if (!r && noise_vcpu->run->exit_reason == KVM_EXIT_DIRTY_RING_FULL)
+			collect_rings(0, NULL);
+		else if (r || (noise_vcpu->run->exit_reason != KVM_EXIT_IO &&
+			       noise_vcpu->run->exit_reason != KVM_EXIT_MMIO))
 			gmem_vcpu_reset(noise_vcpu, &noise_regs);
 	}
 	return NULL;
@@ -1507,7 +1590,13 @@ static void create_machine(void)
 	vm = __vm_create(shape, 2, 4 * NPAGES_2M);
 	supported_flags = vm_check_cap(vm, KVM_CAP_GUEST_MEMFD_FLAGS);
 	supported_slots = vm_check_cap(vm, KVM_CAP_GUEST_MEMFD_SLOTS);
-	manual_log = one_in(2) && vm_check_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
+	ring_log = one_in(3) && vm_check_cap(vm, KVM_CAP_DIRTY_LOG_RING_ACQ_REL) >= RING_SIZE;
+	if (ring_log)
+		vm_enable_dirty_ring(vm, RING_SIZE);
+	memset(ring_logs, 0, sizeof(ring_logs));
+	memset(nr_collected, 0, sizeof(nr_collected));
+	manual_log = !ring_log && one_in(2) &&
+		     vm_check_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
 	if (manual_log)
 		vm_enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
 			      one_in(2) ? KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE :
