@@ -1,6 +1,8 @@
 # Sourced by the tests that run KVM's stock selftests with all of their memory in a guest_memfd whose userspace_addr is 0.
 # shellcheck shell=bash
 cd "${SELFTESTS:?is where the KVM selftests are, lab/l1-check sets it}" || exit
+# A memslot on guest_memfd takes two.
+ulimit -n 8192
 
 # try TYPE SECONDS TEST ARGUMENT...: pass, skip, or fail
 try() {
