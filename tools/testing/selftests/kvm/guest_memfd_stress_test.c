@@ -822,23 +822,29 @@ static void fetch_log(struct slot *s, unsigned long *log)
 		kvm_vm_clear_dirty_log(vm, id, log, 0, s->npages);
 }
 
-/* What the guest writes must be in the log, along with what the noise writes. */
+/*
+ * What the guest writes must be in the log, along with what the noise writes, and
+ * again when it's written again.
+ */
 static void check_log(struct slot *s)
 {
 	static unsigned long log[MAX_PAGES / BITS_PER_LONG];
 	uint64_t first, nr, i;
+	int round;
 
 	if (s->flags & KVM_MEM_READONLY)
 		return;
 
 	random_range(s->npages, &first, &nr);
 	fetch_log(s, log);
-	guest_writes(s, first, nr);
-	fetch_log(s, log);
-	for (i = first; i < first + nr; i++)
-		TEST_ASSERT(!is_usable(s, i) || is_dirty(log, i),
-			    "Page %lu of slot %ld was written and isn't logged, step %lu, seed 0x%x",
-			    i, s - slots, step, guest_random_seed);
+	for (round = 0; round < 2; round++) {
+		guest_writes(s, first, nr);
+		fetch_log(s, log);
+		for (i = first; i < first + nr; i++)
+			TEST_ASSERT(!is_usable(s, i) || is_dirty(log, i),
+				    "Page %lu of slot %ld was written and isn't logged, round %d, step %lu, seed 0x%x",
+				    i, s - slots, round, step, guest_random_seed);
+	}
 }
 
 /* Toggle dirty logging, of guest_memfd or of the memory that the guest runs in. */
