@@ -358,6 +358,54 @@ static void test_toggle(struct machine *m)
 	free(pages);
 }
 
+/* Have the vCPU forget translations, so that it sees what KVM maps now. */
+static void flush_tlb(struct kvm_vcpu *vcpu)
+{
+	struct kvm_sregs sregs;
+
+	vcpu_sregs_get(vcpu, &sregs);
+	sregs.cr4 ^= X86_CR4_PGE;
+	vcpu_sregs_set(vcpu, &sregs);
+}
+
+/* To map memory ahead isn't to write it, and changes nothing of what was written. */
+static void test_pre_fault(struct machine *m)
+{
+	/* More than fits into the ring, if there's as much. */
+	const uint64_t size = min(m->npages, RING_COUNT + 1024ul) * PAGE_SIZE;
+	unsigned long *pages;
+	uint64_t faults;
+
+	if (!kvm_has_cap(KVM_CAP_PRE_FAULT_MEMORY))
+		return;
+
+	pages = bitmap_zalloc(m->npages);
+	delete_slot(m, TEST_SLOT);
+	set_log(m, true);
+	expect_first_log(m);
+	gmem_pre_fault(m->vcpu, TEST_GPA, size);
+	expect_log(m, NULL, "after pre-faulting");
+
+	write_some(m, pages, 0);
+	gmem_pre_fault(m->vcpu, TEST_GPA, size);
+	flush_tlb(m->vcpu);
+	faults = gmem_vcpu_stat(m->vcpu, "pf_taken");
+	write_some(m, pages, 0);
+	TEST_ASSERT_EQ(gmem_vcpu_stat(m->vcpu, "pf_taken"), faults);
+	expect_log(m, pages, "after writing and pre-faulting");
+
+	gmem_pre_fault(m->vcpu, TEST_GPA, size);
+	expect_log(m, NULL, "after pre-faulting what was written");
+	write_some(m, pages, 1);
+	expect_log(m, pages, "after writing to what was pre-faulted");
+
+	set_log(m, false);
+	guest_checks_all(m);
+	expect_huge(m, 0, "after logging");
+	vmm_checks_all(m);
+	free(pages);
+}
+
 /* Logging from the beginning, with memory that isn't there yet or any more. */
 static void test_from_creation(struct machine *m)
 {
@@ -501,6 +549,7 @@ static void test_mode(enum log_mode mode, uint64_t flags, uint64_t size, int lev
 	pr_info("Logging by %s, folios of %lu KiB\n", mode_names[mode],
 		(uint64_t)PG_LEVEL_SIZE(level) / SZ_1K);
 	test_toggle(&m);
+	test_pre_fault(&m);
 	if (level != PG_LEVEL_1G) {
 		test_from_creation(&m);
 		/* A vCPU that nobody stops fills the ring. */

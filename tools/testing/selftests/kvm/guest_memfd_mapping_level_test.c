@@ -563,12 +563,7 @@ static void test_prefetch_does_not_allocate(struct machine *machine)
 /* KVM_PRE_FAULT_MEMORY maps what the file has, too. */
 static void test_pre_faulted(struct machine *machine)
 {
-	struct kvm_pre_fault_memory range = {
-		.gpa = TEST_GPA,
-		.size = TEST_SIZE,
-	};
 	struct sptes before, after;
-	int ret;
 
 	if (!kvm_check_cap(KVM_CAP_PRE_FAULT_MEMORY))
 		return;
@@ -580,10 +575,7 @@ static void test_pre_faulted(struct machine *machine)
 	set_slot(machine, TEST_SIZE);
 
 	before = count_all_sptes(machine->vm);
-	do {
-		ret = __vcpu_ioctl(machine->vcpu, KVM_PRE_FAULT_MEMORY, &range);
-	} while (range.size && (!ret || errno == EINTR));
-	TEST_ASSERT(!ret && !range.size, KVM_IOCTL_ERROR(KVM_PRE_FAULT_MEMORY, ret));
+	gmem_pre_fault(machine->vcpu, TEST_GPA, TEST_SIZE);
 	after = count_all_sptes(machine->vm);
 	TEST_ASSERT_EQ(after.nr_4k - before.nr_4k, TEST_NPAGES);
 
@@ -1007,16 +999,8 @@ static void vmm_does_huge(struct huge_machine *m, void *mem, enum gmem_op op,
 static void pre_fault_huge(struct huge_machine *m, uint64_t delta)
 {
 	for (int i = 0; i < m->nr_ranges; i++) {
-		struct kvm_pre_fault_memory range = {
-			.gpa = TEST_GPA + delta + m->ranges[i].first * PAGE_SIZE,
-			.size = m->ranges[i].nr * PAGE_SIZE,
-		};
-		int ret;
-
-		do {
-			ret = __vcpu_ioctl(m->vcpu, KVM_PRE_FAULT_MEMORY, &range);
-		} while (range.size && (!ret || errno == EINTR));
-		TEST_ASSERT(!ret && !range.size, KVM_IOCTL_ERROR(KVM_PRE_FAULT_MEMORY, ret));
+		gmem_pre_fault(m->vcpu, TEST_GPA + delta + m->ranges[i].first * PAGE_SIZE,
+			       m->ranges[i].nr * PAGE_SIZE);
 	}
 }
 

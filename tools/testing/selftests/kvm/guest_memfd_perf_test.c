@@ -398,37 +398,13 @@ static void create_machine(struct machine *m, int nr_vcpus, size_t size)
 	gmem_map_in_guest(m->vm, TEST_GPA, size, PG_LEVEL_2M);
 }
 
-static uint64_t vcpu_stat(struct kvm_vcpu *vcpu, const char *name)
-{
-	struct kvm_stats_header header;
-	struct kvm_stats_desc *descs;
-	uint64_t value;
-	bool found;
-	int fd, i;
-
-	fd = vcpu_get_stats_fd(vcpu);
-	read_stats_header(fd, &header);
-	descs = read_stats_descriptors(fd, &header);
-	for (i = 0, found = false; i < header.num_desc && !found; i++) {
-		struct kvm_stats_desc *desc = get_stats_descriptor(descs, i, &header);
-
-		found = !strcmp(desc->name, name);
-		if (found)
-			read_stat_data(fd, &header, desc, &value, 1);
-	}
-	TEST_ASSERT(found, "No statistic '%s' of a vCPU", name);
-	free(descs);
-	close(fd);
-	return value;
-}
-
 static uint64_t faults(struct machine *m)
 {
 	uint64_t sum = 0;
 	int i;
 
 	for (i = 0; i < m->nr_vcpus; i++)
-		sum += vcpu_stat(m->vcpus[i], "pf_taken");
+		sum += gmem_vcpu_stat(m->vcpus[i], "pf_taken");
 	return sum;
 }
 
@@ -468,17 +444,6 @@ static double measure_log(struct machine *m)
 	return start * 1e3;
 }
 
-static void prefault(struct kvm_vcpu *vcpu, uint64_t gpa, uint64_t size)
-{
-	struct kvm_pre_fault_memory range = { .gpa = gpa, .size = size };
-	int ret;
-
-	do {
-		ret = __vcpu_ioctl(vcpu, KVM_PRE_FAULT_MEMORY, &range);
-	} while (ret && (errno == EINTR || errno == EAGAIN));
-	TEST_ASSERT(!ret && !range.size, KVM_IOCTL_ERROR(KVM_PRE_FAULT_MEMORY, ret));
-}
-
 /* From the first touch to the end. */
 static void measure_life(struct machine *m)
 {
@@ -496,8 +461,8 @@ static void measure_life(struct machine *m)
 	if (kvm_has_cap(KVM_CAP_PRE_FAULT_MEMORY)) {
 		struct userspace_mem_region *rest = memslot2region(m->vm, 0);
 
-		prefault(m->vcpus[0], rest->region.guest_phys_addr,
-			 rest->region.memory_size);
+		gmem_pre_fault(m->vcpus[0], rest->region.guest_phys_addr,
+			       rest->region.memory_size);
 	}
 	secondary_before = secondary_kib();
 	faults_before = faults(m);
@@ -551,7 +516,7 @@ static void measure_populate(struct machine *m)
 
 	if (kvm_has_cap(KVM_CAP_PRE_FAULT_MEMORY)) {
 		start = now();
-		prefault(m->vcpus[0], TEST_GPA, memory->size);
+		gmem_pre_fault(m->vcpus[0], TEST_GPA, memory->size);
 		report(m, "prefault_ms", (now() - start) * 1e3);
 	}
 	set_slot(m, 0, 0);

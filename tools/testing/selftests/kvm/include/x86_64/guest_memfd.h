@@ -54,6 +54,11 @@ int __gmem_vcpu_run(struct kvm_vcpu *vcpu, const struct gmem_work *work);
 void gmem_vcpu_run(struct kvm_vcpu *vcpu, const struct gmem_work *work);
 void gmem_vcpu_reset(struct kvm_vcpu *vcpu, struct kvm_regs *regs);
 
+/* KVM_PRE_FAULT_MEMORY, which has to map all of it. */
+void gmem_pre_fault(struct kvm_vcpu *vcpu, uint64_t gpa, uint64_t size);
+/* The statistic @name of a vCPU, e.g. "pf_taken". */
+uint64_t gmem_vcpu_stat(struct kvm_vcpu *vcpu, const char *name);
+
 void gmem_map_in_guest(struct kvm_vm *vm, uint64_t gpa, uint64_t size, int level);
 void *gmem_mmap(int fd, size_t size, off_t offset);
 int gmem_sigbus_code(void *mem, bool write);

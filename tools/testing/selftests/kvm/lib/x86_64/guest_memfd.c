@@ -258,3 +258,38 @@ uint64_t gmem_fdinfo(int fd, const char *key)
 	TEST_ASSERT(found, "No line '%s' in %s", key, path);
 	return val;
 }
+
+void gmem_pre_fault(struct kvm_vcpu *vcpu, uint64_t gpa, uint64_t size)
+{
+	struct kvm_pre_fault_memory range = { .gpa = gpa, .size = size };
+	int ret;
+
+	do {
+		ret = __vcpu_ioctl(vcpu, KVM_PRE_FAULT_MEMORY, &range);
+	} while (ret ? errno == EINTR || errno == EAGAIN : range.size);
+	TEST_ASSERT(!ret, KVM_IOCTL_ERROR(KVM_PRE_FAULT_MEMORY, ret));
+}
+
+uint64_t gmem_vcpu_stat(struct kvm_vcpu *vcpu, const char *name)
+{
+	struct kvm_stats_header header;
+	struct kvm_stats_desc *descs;
+	uint64_t value;
+	bool found;
+	int fd, i;
+
+	fd = vcpu_get_stats_fd(vcpu);
+	read_stats_header(fd, &header);
+	descs = read_stats_descriptors(fd, &header);
+	for (i = 0, found = false; i < header.num_desc && !found; i++) {
+		struct kvm_stats_desc *desc = get_stats_descriptor(descs, i, &header);
+
+		found = !strcmp(desc->name, name);
+		if (found)
+			read_stat_data(fd, &header, desc, &value, 1);
+	}
+	TEST_ASSERT(found, "No statistic '%s' of a vCPU", name);
+	free(descs);
+	close(fd);
+	return value;
+}
