@@ -391,7 +391,9 @@ static void test_pre_fault(struct machine *m)
 	flush_tlb(m->vcpu);
 	faults = gmem_vcpu_stat(m->vcpu, "pf_taken");
 	write_some(m, pages, 0);
-	TEST_ASSERT_EQ(gmem_vcpu_stat(m->vcpu, "pf_taken"), faults);
+	/* Of the rest of the VM's memory, the host may have reclaimed something. */
+	faults = gmem_vcpu_stat(m->vcpu, "pf_taken") - faults;
+	TEST_ASSERT(faults <= 3, "%lu faults on writable pages", faults);
 	expect_log(m, pages, "after writing and pre-faulting");
 
 	gmem_pre_fault(m->vcpu, TEST_GPA, size);

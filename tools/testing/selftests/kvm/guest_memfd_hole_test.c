@@ -699,6 +699,30 @@ static bool poison(struct machine *m, uint64_t page)
 	return true;
 }
 
+/* Fails, and leaves alone what the vCPU has exited with. */
+static void assert_not_pre_faulted(struct machine *m, uint64_t page)
+{
+	struct kvm_pre_fault_memory range = {
+		.gpa = TEST_GPA + page * PAGE_SIZE,
+		.size = PAGE_SIZE,
+	};
+	struct kvm_run *run = m->vcpu->run;
+	const uint64_t data = gmem_tag(page);
+	int r;
+
+	if (!kvm_has_cap(KVM_CAP_PRE_FAULT_MEMORY))
+		return;
+
+	run->exit_reason = KVM_EXIT_MMIO;
+	memcpy(run->mmio.data, &data, sizeof(data));
+	r = __vcpu_ioctl(m->vcpu, KVM_PRE_FAULT_MEMORY, &range);
+	TEST_ASSERT(r == -1 && errno == EHWPOISON,
+		    "KVM_PRE_FAULT_MEMORY should fail with EHWPOISON, r %d, errno %d", r, errno);
+	TEST_ASSERT_KVM_EXIT_REASON(m->vcpu, KVM_EXIT_MMIO);
+	TEST_ASSERT(!memcmp(run->mmio.data, &data, sizeof(data)),
+		    "The answer to a MMIO exit was overwritten");
+}
+
 static void assert_poisoned(struct machine *m, uint64_t page)
 {
 	struct gmem_work work = {
@@ -718,6 +742,7 @@ static void assert_poisoned(struct machine *m, uint64_t page)
 	TEST_ASSERT_EQ(run->memory_fault.gpa, TEST_GPA + page * PAGE_SIZE);
 	TEST_ASSERT_EQ(run->memory_fault.size, PAGE_SIZE);
 	gmem_vcpu_reset(m->vcpu, &m->regs);
+	assert_not_pre_faulted(m, page);
 
 	TEST_ASSERT_EQ(gmem_sigbus_code(page_address(m, page), false), BUS_MCEERR_AR);
 	TEST_ASSERT_EQ(gmem_sigbus_code(page_address(m, page), true), BUS_MCEERR_AR);
@@ -753,6 +778,34 @@ static void check_all_but(struct machine *m, uint64_t page)
 	check_next_to(m, page);
 }
 
+static bool seek_done;
+
+static void *seek_thread(void *arg)
+{
+	struct machine *m = arg;
+	const off_t last = (m->npages - 1) * PAGE_SIZE;
+
+	while (!READ_ONCE(seek_done)) {
+		TEST_ASSERT_EQ(lseek(m->fd, 0, SEEK_DATA), 0);
+		TEST_ASSERT_EQ(lseek(m->fd, last, SEEK_DATA), last);
+	}
+	return NULL;
+}
+
+/* Whatever it takes to heal a page, the others are there all the time. */
+static void punch_and_seek(struct machine *m, uint64_t page)
+{
+	pthread_t thread;
+	int ret;
+
+	WRITE_ONCE(seek_done, false);
+	ret = pthread_create(&thread, NULL, seek_thread, m);
+	TEST_ASSERT(!ret, "pthread_create() failed, %s", strerror(ret));
+	punch(m, page, 1);
+	WRITE_ONCE(seek_done, true);
+	pthread_join(thread, NULL);
+}
+
 /* What heals one bad page doesn't make another one of the folio look healthy. */
 static void test_other_poison(struct machine *m, uint64_t page, uint64_t other)
 {
@@ -761,7 +814,7 @@ static void test_other_poison(struct machine *m, uint64_t page, uint64_t other)
 	assert_poisoned(m, page);
 	assert_poisoned(m, other);
 
-	punch(m, page, 1);
+	punch_and_seek(m, page);
 	check_around(m, page);
 	for (int i = 0; i < 2; i++) {
 		assert_poisoned(m, other);
