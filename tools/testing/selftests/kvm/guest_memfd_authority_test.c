@@ -1447,6 +1447,7 @@ int main(int argc, char *argv[])
 
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_GUEST_MEMFD_SLOTS) & KVM_GUEST_MEMFD_SLOTS_NO_HVA);
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_HUGE_2M);
+	gmem_stop_numa_balancing();
 
 	/* This goes for all memory that the library adds to VMs. */
 	setenv("KVM_SELFTESTS_MEM_SRC", "guest_memfd_2mb", 1);

@@ -571,6 +571,7 @@ int main(int argc, char *argv[])
 
 	TEST_REQUIRE(kvm_has_cap(KVM_CAP_GUEST_MEMFD));
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_GUEST_MEMFD_SLOTS) & KVM_GUEST_MEMFD_SLOTS_LOG_DIRTY);
+	gmem_stop_numa_balancing();
 	flags = kvm_check_cap(KVM_CAP_GUEST_MEMFD_FLAGS);
 
 	/* Who needs contiguous memory comes first, and takes long, i.e. one of a kind. */

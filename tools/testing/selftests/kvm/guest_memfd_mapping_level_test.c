@@ -1398,6 +1398,7 @@ int main(int argc, char *argv[])
 	TEST_REQUIRE(kvm_has_cap(KVM_CAP_GUEST_MEMFD));
 	TEST_REQUIRE(kvm_has_cap(KVM_CAP_GUEST_MEMFD_FLAGS));
 	TEST_REQUIRE(!(config.gmem_flags & ~kvm_check_cap(KVM_CAP_GUEST_MEMFD_FLAGS)));
+	gmem_stop_numa_balancing();
 
 	atexit(remove_probes);
 	install_probe(&host_level_probe);

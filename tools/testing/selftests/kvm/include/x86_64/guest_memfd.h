@@ -64,5 +64,6 @@ void *gmem_mmap(int fd, size_t size, off_t offset);
 int gmem_sigbus_code(void *mem, bool write);
 int gmem_inject_memory_error(void *mem);
 uint64_t gmem_fdinfo(int fd, const char *key);
+void gmem_stop_numa_balancing(void);
 
 #endif /* SELFTEST_KVM_GUEST_MEMFD_H */

@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 
 #include "guest_memfd.h"
+#include "numaif.h"
 #include "processor.h"
 #include "test_util.h"
 
@@ -292,4 +293,17 @@ uint64_t gmem_vcpu_stat(struct kvm_vcpu *vcpu, const char *name)
 	free(descs);
 	close(fd);
 	return value;
+}
+
+/*
+ * Memory of the VM that isn't guest_memfd's is unmapped now and then, for NUMA
+ * balancing to see who uses it.  Keep that out of what KVM counts.  Memory of a
+ * task with a policy of its own is left alone, and that of a preferred node
+ * without a node does as is done by default.
+ */
+void gmem_stop_numa_balancing(void)
+{
+	long ret = set_mempolicy(MPOL_PREFERRED, NULL, 0);
+
+	TEST_ASSERT(!ret || errno == ENOSYS, __KVM_SYSCALL_ERROR("set_mempolicy()", ret));
 }
