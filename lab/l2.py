@@ -8,6 +8,7 @@ import mmap
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -304,6 +305,38 @@ class L2:
         """What QEMU has printed."""
         return self._read(self.errors_path)
 
+    def threads(self):
+        """A line for each thread of QEMU: its state, its CPU time in clock ticks, and where in the kernel it is."""
+        for task in sorted(glob.glob(f"/proc/{self.qemu.pid}/task/*")):
+            state, *numbers = self._read(f"{task}/stat").rpartition(")")[2].split() or ["gone"]
+            stack = re.findall(r" (\w+)\+0x", self._read(f"{task}/stack"))
+            yield f"{self._read(f'{task}/comm').strip()}: {state}, {' + '.join(numbers[10:12])} ticks, {' < '.join(stack[:6])}"
+
+    def cpus(self):
+        """Registers of L2's CPUs and of their interrupt controllers."""
+        for cpu in self.qmp("query-cpus-fast"):
+            number = cpu["cpu-index"]
+            for command in ("info registers", f"info lapic {number}"):
+                text = self.qmp("human-monitor-command", **{"command-line": command, "cpu-index": number})
+                yield from (f"{number}: {line}" for line in text.splitlines() if not line.startswith(("F", "XMM")))
+
+    def stall(self, what):
+        """Fail as it does not go on, and tell what QEMU and L2's CPUs are about, as far as QEMU still answers."""
+        def give_up(*_):
+            raise Failure("QEMU's monitor does not answer")
+
+        state = [f"thread {line}" for line in self.threads()]
+        handler = signal.signal(signal.SIGALRM, give_up)
+        signal.alarm(30)
+        try:
+            state += [f"CPU {line}" for line in self.cpus()]
+        except Failure as failure:
+            state.append(str(failure))
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, handler)
+        self.fail("\n".join([what, *state, *[f"thread {line}" for line in self.threads()]]))
+
     def fail(self, what):
         """Raise a Failure that carries the last lines L2 and QEMU printed."""
         tail = [f"console: {line}" for line in self.console().splitlines()[-80:]]
@@ -327,7 +360,7 @@ class L2:
             if ended:
                 self.fail(f"QEMU ended with status {self.qemu.returncode} before L2 said \"{marker}\"")
             if time.monotonic() > deadline:
-                self.fail(f"L2 did not say \"{marker}\" within {timeout} s")
+                self.stall(f"L2 did not say \"{marker}\" within {timeout} s")
             time.sleep(0.1)
 
     def release(self):
@@ -397,7 +430,7 @@ class L2:
             if self.qemu.poll() is not None:
                 self.fail(f"QEMU ended with status {self.qemu.returncode}, waiting for {what}")
             if time.monotonic() > deadline:
-                self.fail(f"{what}: not within {timeout} s")
+                self.stall(f"{what}: not within {timeout} s")
             time.sleep(0.2)
 
     def slots(self):
