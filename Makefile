@@ -35,7 +35,7 @@ prefixes: ## build each prefix of the Linux series, with W=1, and boot it
 	@lab/prefixes
 plant: ## plant bugs in KVM, and see how long the stress test takes to find each
 	@lab/plant
-deb: ## build installable packages of the kernel and QEMU in build/deb, and try them in a fresh Debian 13; takes two hours
+deb: ## build installable packages of the kernel and QEMU in build/deb, and try them in a fresh Debian 13; takes one to two hours
 	@lab/deb
 export: ## write the commits of build/linux and build/qemu back to patches/ and the added files
 	@lab/export
