@@ -466,12 +466,15 @@ static int run_guest(struct slot *s, enum work_op op, uint64_t first, uint64_t n
 static void guest_does(struct slot *s, enum work_op op, uint64_t first, uint64_t nr)
 {
 	struct work *w = addr_gva2hva(vm, (vm_vaddr_t)&guest_work);
+	struct kvm_run *run = main_vcpu->run;
 	int r = run_guest(s, op, first, nr);
 
+	/* 39 is a memory fault, the only reason that has an address and flags. */
 	TEST_ASSERT(!r,
-		    "KVM_RUN failed, %s, exit reason %s, page %lu of slot %ld, step %lu, seed 0x%x",
-		    strerror(errno), exit_reason_str(main_vcpu->run->exit_reason),
-		    first + w->at, s - slots, step, guest_random_seed);
+		    "KVM_RUN failed, %s, exit reason %u, gpa 0x%llx, flags 0x%llx, page %lu of slot %ld at 0x%lx, step %lu, seed 0x%x",
+		    strerror(errno), run->exit_reason, run->memory_fault.gpa,
+		    run->memory_fault.flags, first + w->at, s - slots, s->gpa, step,
+		    guest_random_seed);
 }
 
 static void guest_writes(struct slot *s, uint64_t first, uint64_t nr)

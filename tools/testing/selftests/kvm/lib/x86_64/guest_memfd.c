@@ -267,7 +267,7 @@ void gmem_pre_fault(struct kvm_vcpu *vcpu, uint64_t gpa, uint64_t size)
 
 	do {
 		ret = __vcpu_ioctl(vcpu, KVM_PRE_FAULT_MEMORY, &range);
-	} while (ret ? errno == EINTR || errno == EAGAIN : range.size);
+	} while (ret ? errno == EINTR : range.size);
 	TEST_ASSERT(!ret, KVM_IOCTL_ERROR(KVM_PRE_FAULT_MEMORY, ret));
 }
 
