@@ -4,8 +4,9 @@
  * usage: verify_memory MIB [ROUNDS]
  *
  * One process per CPU fills its share of MIB, and then goes over it again and again: each page must have what was last
- * written to it, and one in eight is written anew.  It says "l2: round N" after each round, and ends after ROUNDS, or
- * when there is something to be read from stdin, with a last round that only reads.  A wrong word makes it fail.
+ * written to it, and one in eight is written anew.  It says "l2: round N" when all of them are through round N, and
+ * ends after ROUNDS, or when there is something to be read from stdin, with a last round that only reads.  A wrong word
+ * makes it fail.
  */
 #define _GNU_SOURCE
 #include <poll.h>
@@ -20,7 +21,13 @@
 #define PAGE 4096UL
 #define WORDS (PAGE / sizeof(uint64_t))
 
-static volatile int *stop;
+#define MAX_CPUS 64
+
+static struct {
+	volatile int stop;
+	/* How many rounds each process is through, and what has been said of that. */
+	long through[MAX_CPUS], said;
+} *shared;
 
 static uint64_t value(uint64_t page, uint64_t generation, uint64_t word)
 {
@@ -49,6 +56,23 @@ static void check_page(uint64_t *memory, uint64_t page, uint64_t generation, lon
 	}
 }
 
+/* Whoever is last says so. */
+static void end_round(int cpu, int cpus, long round)
+{
+	long all = round, said, through;
+
+	__atomic_store_n(&shared->through[cpu], round, __ATOMIC_SEQ_CST);
+	for (int i = 0; i < cpus; i++) {
+		through = __atomic_load_n(&shared->through[i], __ATOMIC_SEQ_CST);
+		all = through < all ? through : all;
+	}
+	said = __atomic_load_n(&shared->said, __ATOMIC_SEQ_CST);
+	while (said < all) {
+		if (__atomic_compare_exchange_n(&shared->said, &said, all, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+			printf("l2: round %ld\n", all);
+	}
+}
+
 static void work(int cpu, int cpus, unsigned long mib, long rounds)
 {
 	uint64_t pages = (mib << 20) / PAGE / cpus, random = 88172645463325252ULL + cpu;
@@ -66,8 +90,8 @@ static void work(int cpu, int cpus, unsigned long mib, long rounds)
 
 	for (uint64_t page = 0; page < pages; page++)
 		write_page(memory, page, 0);
-	for (long round = 1; !*stop && round <= rounds; round++) {
-		for (uint64_t page = 0; page < pages && !*stop; page++) {
+	for (long round = 1; !shared->stop && round <= rounds; round++) {
+		for (uint64_t page = 0; page < pages && !shared->stop; page++) {
 			check_page(memory, page, generation[page], round);
 			random ^= random << 13;
 			random ^= random >> 7;
@@ -75,8 +99,8 @@ static void work(int cpu, int cpus, unsigned long mib, long rounds)
 			if (random % 8 == 0)
 				write_page(memory, page, ++generation[page]);
 		}
-		if (cpu == 0)
-			printf("l2: round %ld\n", round);
+		if (!shared->stop)
+			end_round(cpu, cpus, round);
 	}
 	for (uint64_t page = 0; page < pages; page++)
 		check_page(memory, page, generation[page], -1);
@@ -85,14 +109,16 @@ static void work(int cpu, int cpus, unsigned long mib, long rounds)
 
 int main(int argc, char **argv)
 {
-	int cpus = sysconf(_SC_NPROCESSORS_ONLN), left = cpus, failed = 0, status;
+	int cpus = sysconf(_SC_NPROCESSORS_ONLN), left, failed = 0, status;
 	struct pollfd input = { .fd = 0, .events = POLLIN };
 	unsigned long mib = argc > 1 ? strtoul(argv[1], NULL, 0) : 0;
 	long rounds = argc > 2 ? strtol(argv[2], NULL, 0) : 1L << 40;
 
+	cpus = cpus < MAX_CPUS ? cpus : MAX_CPUS;
+	left = cpus;
 	setlinebuf(stdout);
-	stop = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-	if (!mib || stop == MAP_FAILED) {
+	shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (!mib || shared == MAP_FAILED) {
 		printf("l2: FAILED: usage: verify_memory MIB [ROUNDS]\n");
 		return 1;
 	}
@@ -102,8 +128,8 @@ int main(int argc, char **argv)
 	}
 	while (left) {
 		if (rounds == 1L << 40 && poll(&input, 1, 200) > 0)
-			*stop = 1;
-		while (left && waitpid(-1, &status, rounds == 1L << 40 && !*stop ? WNOHANG : 0) > 0) {
+			shared->stop = 1;
+		while (left && waitpid(-1, &status, rounds == 1L << 40 && !shared->stop ? WNOHANG : 0) > 0) {
 			left--;
 			failed |= status;
 		}
