@@ -34,10 +34,11 @@ struct kvm_gmem {
  *           kvm->mmu_lock
  *
  * invalidate_lock is held exclusive to take memory away and to change the
- * bindings, shared to look up memory on behalf of a fault.  bindings_lock is
- * for the one event that arrives with a folio locked, i.e. that cannot take
- * invalidate_lock: a memory error.  Changing the bindings requires both locks,
- * walking them requires either.
+ * bindings, shared to add memory, to map it into user page tables, and for KVM
+ * itself to write to it.  A vCPU's fault, and KVM's reads, find what's there
+ * without a lock.  bindings_lock is for the one event that arrives with a folio
+ * locked, i.e. that cannot take invalidate_lock: a memory error.  Changing the
+ * bindings requires both locks, walking them requires either.
  */
 struct kvm_gmem_inode {
 	/* GUEST_MEMFD_FLAG_*, immutable. */
@@ -57,6 +58,11 @@ struct kvm_gmem_inode {
 	unsigned long gigantic_retry;
 	int gigantic_failures;
 
+	/*
+	 * True while memory is taken away.  Those that can sleep then had better
+	 * wait for invalidate_lock: a reference keeps a folio from being split.
+	 */
+	bool shrinking;
 	/* The one folio that may be split, protected by invalidate_lock. */
 	struct folio *split_folio;
 	/* True once a page of a large folio was poisoned. */
@@ -79,14 +85,15 @@ static inline bool kvm_gmem_is_shared(struct inode *inode)
 	return GMEM_I(inode)->flags & GUEST_MEMFD_FLAG_INIT_SHARED;
 }
 
-static inline struct file *kvm_gmem_get_file(const struct kvm_memory_slot *slot)
+/*
+ * The file that a memslot is bound to, or NULL.  Whoever may look at the memslot,
+ * i.e. holds kvm->srcu or kvm->slots_lock, may look at the file as well, and needs
+ * no reference: kvm_gmem_release() waits for them.  The file may be in the middle
+ * of being closed though, i.e. any time the binding may be removed.
+ */
+static inline struct file *kvm_gmem_slot_file(const struct kvm_memory_slot *slot)
 {
-	/*
-	 * Do not return slot->gmem.file if it has already been closed;
-	 * there might be some time between the last fput() and when
-	 * kvm_gmem_release() clears slot->gmem.file.
-	 */
-	return get_file_active((struct file **)&slot->gmem.file);
+	return READ_ONCE(slot->gmem.file);
 }
 
 static inline pgoff_t kvm_gmem_get_index(const struct kvm_memory_slot *slot, gfn_t gfn)
@@ -94,6 +101,7 @@ static inline pgoff_t kvm_gmem_get_index(const struct kvm_memory_slot *slot, gfn
 	return gfn - slot->base_gfn + slot->gmem.pgoff;
 }
 
+struct folio *kvm_gmem_lookup_folio(struct file *file, pgoff_t index);
 int kvm_gmem_mmap(struct file *file, struct vm_area_struct *vma);
 #ifdef CONFIG_NUMA
 struct mempolicy *kvm_gmem_get_mpol(struct inode *inode, pgoff_t index,

@@ -7,10 +7,14 @@
  *
  * Accesses race with memory being removed from the file.  The rules are:
  *
- *  - Reading and writing holds invalidate_lock shared, from looking up the page
- *    until after the copy.  Hence a write is either removed along with the page,
- *    or goes to the page that replaces it.  Once fallocate() has returned, there
- *    is no write that still goes to the old page and thus gets lost.
+ *  - Writing holds invalidate_lock shared, from looking up the page until after
+ *    the copy.  Hence a write is either removed along with the page, or goes to
+ *    the page that replaces it.  Once fallocate() has returned, there is no write
+ *    that still goes to the old page and thus gets lost.
+ *
+ *  - Reading takes what's in the file already by lockless look-up, i.e. can read
+ *    a page that is being removed, as it was when the read began.  What isn't
+ *    there is allocated as for a write.
  *
  *  - Whoever wants a pfn gets it with a reference to the folio, i.e. can't touch
  *    memory that has been freed.  If the page is removed from the file while the
@@ -42,15 +46,6 @@ struct kvm_gmem_access {
 	struct page *page;
 };
 
-/* To be called with a reference to @file, or else the answer may be stale. */
-static bool kvm_gmem_is_accessible(const struct kvm_memory_slot *slot,
-				   struct file *file)
-{
-	/* Private memory is out of reach, as it is for a userspace mapping. */
-	return file == READ_ONCE(slot->gmem.file) &&
-	       kvm_gmem_is_shared(file_inode(file));
-}
-
 static bool kvm_gmem_slot_permits(const struct kvm_memory_slot *slot, bool write)
 {
 	if (slot->flags & KVM_MEMSLOT_INVALID)
@@ -63,7 +58,6 @@ static void kvm_gmem_end_access(struct kvm_gmem_access *access)
 {
 	folio_put(access->folio);
 	filemap_invalidate_unlock_shared(access->file->f_mapping);
-	fput(access->file);
 }
 
 /* May sleep, and allocates the page if there is none. */
@@ -80,14 +74,19 @@ static int kvm_gmem_begin_access(const struct kvm_memory_slot *slot, gfn_t gfn,
 	if (!kvm_gmem_slot_permits(slot, write))
 		return -EFAULT;
 
-	file = kvm_gmem_get_file(slot);
+	file = kvm_gmem_slot_file(slot);
 	if (!file)
 		return -EFAULT;
 
 	filemap_invalidate_lock_shared(file->f_mapping);
 
 	r = -EFAULT;
-	if (!kvm_gmem_is_accessible(slot, file))
+	/*
+	 * The binding may have been removed since the file was looked up.  Private
+	 * memory is out of reach, as it is for a userspace mapping.
+	 */
+	if (file != kvm_gmem_slot_file(slot) ||
+	    !kvm_gmem_is_shared(file_inode(file)))
 		goto err;
 
 	/*
@@ -121,7 +120,6 @@ static int kvm_gmem_begin_access(const struct kvm_memory_slot *slot, gfn_t gfn,
 
 err:
 	filemap_invalidate_unlock_shared(file->f_mapping);
-	fput(file);
 	return r;
 }
 
@@ -130,34 +128,15 @@ static struct page *kvm_gmem_lookup_page(const struct kvm_memory_slot *slot,
 					 gfn_t gfn, bool write)
 {
 	pgoff_t index = kvm_gmem_get_index(slot, gfn);
-	struct page *page = NULL;
+	struct file *file = kvm_gmem_slot_file(slot);
 	struct folio *folio;
-	struct file *file;
 
-	if (!kvm_gmem_slot_permits(slot, write))
+	if (!file || !kvm_gmem_slot_permits(slot, write) ||
+	    !kvm_gmem_is_shared(file_inode(file)))
 		return NULL;
 
-	file = kvm_gmem_get_file(slot);
-	if (!file)
-		return NULL;
-
-	if (!kvm_gmem_is_accessible(slot, file))
-		goto out;
-
-	folio = filemap_get_folio(file->f_mapping, index);
-	if (IS_ERR(folio))
-		goto out;
-
-	/* A folio that's not up-to-date yet has stale data in it. */
-	if (!folio_test_uptodate(folio) || kvm_gmem_is_poisoned(folio, index)) {
-		folio_put(folio);
-		goto out;
-	}
-
-	page = folio_file_page(folio, index);
-out:
-	fput(file);
-	return page;
+	folio = kvm_gmem_lookup_folio(file, index);
+	return folio ? folio_file_page(folio, index) : NULL;
 }
 
 #ifndef kvm_arch_gmem_load
@@ -220,19 +199,58 @@ static void kvm_gmem_copy_to_page(struct page *page, int offset, const void *dat
 	kunmap_local(dst);
 }
 
+/*
+ * Read from a page of gmem, and tell @page, unless that's NULL, which one it was,
+ * for kvm_gmem_read_again().  There's no reference to it.
+ */
 int kvm_gmem_read(const struct kvm_memory_slot *slot, gfn_t gfn, int offset,
-		  void *data, int len)
+		  void *data, int len, struct page **page)
 {
+	struct file *file = kvm_gmem_slot_file(slot);
 	struct kvm_gmem_access access;
+	struct page *found = NULL;
 	int r;
 
-	r = kvm_gmem_begin_access(slot, gfn, false, &access);
-	if (r)
-		return r;
+	might_sleep();
 
-	r = kvm_gmem_copy_from_page(access.page, offset, data, len);
-	kvm_gmem_end_access(&access);
+	if (!file)
+		return -EFAULT;
+
+	if (!READ_ONCE(GMEM_I(file_inode(file))->shrinking))
+		found = kvm_gmem_lookup_page(slot, gfn, false);
+	if (found) {
+		r = kvm_gmem_copy_from_page(found, offset, data, len);
+		put_page(found);
+	} else {
+		r = kvm_gmem_begin_access(slot, gfn, false, &access);
+		if (r)
+			return r;
+
+		found = access.page;
+		r = kvm_gmem_copy_from_page(found, offset, data, len);
+		kvm_gmem_end_access(&access);
+	}
+
+	if (page)
+		*page = found;
 	return r;
+}
+
+/*
+ * Read from the @page that kvm_gmem_read() has found.  To take it away from the
+ * file begins with an invalidation, i.e. if there's been none since before it was
+ * found, it's still there, and remains until mmu_lock is dropped, just like what
+ * SPTEs map.  Returns -EAGAIN if it has to be looked up again.
+ */
+int kvm_gmem_read_again(struct kvm *kvm, struct page *page, unsigned long mmu_seq,
+			int offset, void *data, int len)
+{
+	lockdep_assert_held(&kvm->mmu_lock);
+
+	if (mmu_invalidate_retry(kvm, mmu_seq))
+		return -EAGAIN;
+
+	return kvm_gmem_copy_from_page(page, offset, data, len);
 }
 
 int kvm_gmem_read_atomic(const struct kvm_memory_slot *slot, gfn_t gfn, int offset,
@@ -355,5 +373,5 @@ struct file *kvm_gmem_identify(const struct kvm_memory_slot *slot, gfn_t gfn,
 		return NULL;
 
 	*index = kvm_gmem_get_index(slot, gfn);
-	return READ_ONCE(slot->gmem.file);
+	return kvm_gmem_slot_file(slot);
 }

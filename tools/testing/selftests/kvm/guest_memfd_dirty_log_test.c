@@ -509,6 +509,9 @@ static void test_under_load(struct machine *m, int rounds)
 
 		/* The last round ends with the vCPU stopped. */
 		if (i == rounds - 1) {
+			/* Other threads may have had the CPUs until now. */
+			while (!READ_ONCE(load.passes))
+				usleep(1000);
 			WRITE_ONCE(load.stop, true);
 			pthread_join(thread, NULL);
 			fetch_more(m, logged);
