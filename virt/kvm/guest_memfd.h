@@ -35,8 +35,8 @@ struct kvm_gmem {
  *
  * invalidate_lock is held exclusive to take memory away and to change the
  * bindings, shared to add memory, to map it into user page tables, and for KVM
- * itself to write to it.  A vCPU's fault, and KVM's reads, find what's there
- * without a lock.  bindings_lock is for the one event that arrives with a folio
+ * itself to write to it or to pin it.  A vCPU's fault, and KVM's reads, find what's
+ * there without a lock.  bindings_lock is for the one event that arrives with a folio
  * locked, i.e. that cannot take invalidate_lock: a memory error.  Changing the
  * bindings requires both locks, walking them requires either.
  */
@@ -88,8 +88,8 @@ static inline bool kvm_gmem_is_shared(struct inode *inode)
 /*
  * The file that a memslot is bound to, or NULL.  Whoever may look at the memslot,
  * i.e. holds kvm->srcu or kvm->slots_lock, may look at the file as well, and needs
- * no reference: kvm_gmem_release() waits for them.  The file may be in the middle
- * of being closed though, i.e. any time the binding may be removed.
+ * no reference: kvm_gmem_release() waits for them.  It may be closed meanwhile, in
+ * which case the memslot has none any more, and the memory is invalidated.
  */
 static inline struct file *kvm_gmem_slot_file(const struct kvm_memory_slot *slot)
 {

@@ -13,7 +13,7 @@
  *    that still goes to the old page and thus gets lost.
  *
  *  - Reading takes what's in the file already by lockless look-up, i.e. can read
- *    a page that is being removed, as it was when the read began.  What isn't
+ *    a page that is being removed, with what was last written to it.  What isn't
  *    there is allocated as for a write.
  *
  *  - Whoever wants a pfn gets it with a reference to the folio, i.e. can't touch
@@ -82,8 +82,8 @@ static int kvm_gmem_begin_access(const struct kvm_memory_slot *slot, gfn_t gfn,
 
 	r = -EFAULT;
 	/*
-	 * The binding may have been removed since the file was looked up.  Private
-	 * memory is out of reach, as it is for a userspace mapping.
+	 * The file may have been closed since it was looked up.  Private memory is
+	 * out of reach, as it is for a userspace mapping.
 	 */
 	if (file != kvm_gmem_slot_file(slot) ||
 	    !kvm_gmem_is_shared(file_inode(file)))

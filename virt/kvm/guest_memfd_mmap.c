@@ -24,7 +24,10 @@ static vm_fault_t kvm_gmem_fault_user_mapping(struct vm_fault *vmf)
 	if (!kvm_gmem_is_shared(inode))
 		return VM_FAULT_SIGBUS;
 
-	/* See kvm_gmem_get_pfn(). */
+	/*
+	 * Neither create nor find memory that is being taken away.  Unlike what a
+	 * vCPU has found, it would be mapped: nothing tells mm to retry.
+	 */
 	filemap_invalidate_lock_shared(inode->i_mapping);
 
 	folio = kvm_gmem_get_folio(inode, vmf->pgoff, false);

@@ -99,6 +99,8 @@ void gmem_vcpu_run(struct kvm_vcpu *vcpu, const struct gmem_work *work)
 		    guest_work->done, work->nr);
 	TEST_ASSERT_KVM_EXIT_REASON(vcpu, KVM_EXIT_IO);
 	TEST_ASSERT_EQ(get_ucall(vcpu, &uc), UCALL_SYNC);
+	TEST_ASSERT(guest_work->failed || guest_work->done == work->nr,
+		    "Guest has done %lu words of %lu", guest_work->done, work->nr);
 	TEST_ASSERT(!guest_work->failed,
 		    "Guest sees 0x%lx in word %lu of %lu at 0x%lx, expected 0x%lx",
 		    guest_work->bad, guest_work->done, work->nr,
