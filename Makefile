@@ -4,7 +4,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 # What the user set goes to the scripts as it was typed: a $ in CMD is the shell's, not make's.
-settings := KERNEL DEBUG HV KVER QVER KVM_PARAMS MEM CPUS CMD SHARE OUT ACCEL TIMEOUT SILENCE TESTS SLOW SUITE CELL AGAIN L1S TEST_SECONDS ROUNDS ONLY BOOT KCONFIG DEBUG_SYMBOLS PLUGIN PREALLOC JOBS BUG LIMIT
+settings := KERNEL DEBUG HV KVER QVER KVM_PARAMS MEM CPUS CMD SHARE OUT ACCEL EMULATOR TIMEOUT SILENCE TESTS SLOW SUITE CELL AGAIN L1S TEST_SECONDS ROUNDS ONLY BOOT KCONFIG DEBUG_SYMBOLS PLUGIN PREALLOC JOBS BUG LIMIT
 $(foreach v,$(settings),$(if $(filter undefined,$(origin $(v))),,$(eval override $(v) := $$(value $(v)))$(eval export $(v))))
 
 .PHONY: help run check matrix shell linux qemu selftests bench series static prefixes plant deb export discard clean distclean
