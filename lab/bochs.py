@@ -86,8 +86,9 @@ def make_cd(options, work):
     folder = f"{work}/cd"
     os.makedirs(f"{folder}/boot/grub")
     copy(f"{BUILD}/{options.flavour}/bzImage", f"{folder}/bzImage")
-    # CPUID has the frequency of the real CPU, by which a second would be 35 times as long.  Nodes as by QEMU's -numa.
-    line = ("console=ttyS0,115200 panic=-1 log_buf_len=8M root=/dev/sda rootfstype=ext4 ro numa=fake=2 "
+    # CPUID has the frequency of the real CPU, by which a second would be 35 times as long.  Nodes as by QEMU's -numa.  No MWAIT when
+    # idle: Bochs doesn't see a write that another CPU has in its TLB, so a CPU sleeps on, and each MONITOR wakes the other CPUs.
+    line = ("console=ttyS0,115200 panic=-1 log_buf_len=8M root=/dev/sda rootfstype=ext4 ro numa=fake=2 idle=halt "
             f"tsc_early_khz={IPS // 1000} {options.params} init=/bin/sh "
             f"-- -c 'mount -r /dev/sdb /gmem && exec /gmem/repo/lab/l1-init {options.flavour} bochs'")
     with open(f"{folder}/boot/grub/grub.cfg", "w", encoding="ascii") as file:
