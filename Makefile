@@ -31,7 +31,7 @@ series: ## the mailable form of both series, with cover letters, in build/series
 	@lab/mail
 static: ## check the Linux series with sparse, coccinelle, checkpatch, W=1, and build its documentation
 	@lab/static
-prefixes: ## build each prefix of the Linux series, with W=1, and boot it
+prefixes: ## build each prefix of both series, of Linux with W=1, and boot those that change the kernel; takes two hours
 	@lab/prefixes
 plant: ## plant bugs in KVM, and see how long the stress test takes to find each
 	@lab/plant

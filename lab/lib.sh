@@ -84,13 +84,28 @@ tree_state() {
 	} | sha1sum | cut -d' ' -f1
 }
 
-# lay_out PROJECT DIR VERSION: a clone of the base in build/DIR
-lay_out() {
+clone_base() {
 	rm -rf "${build:?}/$2"
 	in_tree git clone -q --no-checkout "/gmem/src/$1-$3" "/gmem/build/$2"
 	in_tree git -C "/gmem/build/$2" config gc.auto 0
 	in_tree git -C "/gmem/build/$2" checkout -q --detach base
 	echo "$3" >"$build/$2/.git/gmem-base"
+}
+
+# has_own DIR: whether build/DIR has commits or edits that patches/ does not have
+has_own() {
+	local applied
+	applied=$(git -C "$build/$1" rev-parse -q --verify refs/gmem/applied 2>/dev/null) || return 1
+	[ "$(git -C "$build/$1" rev-parse HEAD)" != "$applied" ] || [ -n "$(git -C "$build/$1" status --porcelain)" ]
+}
+
+# lay_out PROJECT DIR VERSION WHAT USUALLY: a clone of the base in build/DIR, if that is not what it is
+lay_out() {
+	local is
+	is=$(cat "$build/$2/.git/gmem-base" 2>/dev/null) || true
+	[ "$is" != "$3" ] || return 0
+	! has_own "$2" || die "build/$2 is of version $is and has edits or commits that the one of $3 would lose: 'make export' writes commits back to patches/, 'make discard' drops them"
+	step "lay-out-$2" "$4" "$5" clone_base "$1" "$2" "$3"
 }
 
 # lay_out_linux: build/linux, or build/linux-stock for KERNEL=stock, is the base with, or without, the series as patches/ has it.
@@ -99,7 +114,7 @@ lay_out_linux() {
 	local version dir=linux
 	[ "$source" != stock ] || dir=linux-stock
 	version=$("$repo/lab/source" linux)
-	[ "$(cat "$build/$dir/.git/gmem-base" 2>/dev/null)" = "$version" ] || step "lay-out-$dir" 'lay out the base' '30 s' lay_out linux "$dir" "$version"
+	lay_out linux "$dir" "$version" 'lay out the base' '30 s'
 	[ "$source" = stock ] || in_tree /gmem/repo/lab/series.py apply linux || die "the series does not apply to linux-source-6.12 $version"
 }
 
