@@ -92,11 +92,12 @@ clone_base() {
 	echo "$3" >"$build/$2/.git/gmem-base"
 }
 
-# has_own DIR: whether build/DIR has commits or edits that patches/ does not have
+# has_own DIR: whether build/DIR has commits or edits that patches/ does not have.  Debian's .gitignore has new files ignored.
 has_own() {
 	local applied
 	applied=$(git -C "$build/$1" rev-parse -q --verify refs/gmem/applied 2>/dev/null) || return 1
-	[ "$(git -C "$build/$1" rev-parse HEAD)" != "$applied" ] || [ -n "$(git -C "$build/$1" status --porcelain)" ]
+	[ "$(git -C "$build/$1" rev-parse HEAD)" != "$applied" ] ||
+		[ -n "$(git -C "$build/$1" status --porcelain --ignored | grep -v __pycache__)" ]
 }
 
 # lay_out PROJECT DIR VERSION WHAT USUALLY: a clone of the base in build/DIR, if that is not what it is
