@@ -315,7 +315,7 @@ static void test_offline_bad(struct machine *m, uint64_t block, void *bad)
  */
 static void test_offline(uint64_t flags, size_t size)
 {
-	uint64_t block, tried = -1ULL, mostly = 0, nr, most = 0;
+	uint64_t block, tried = -1ULL, mostly = 0, nr = 0, most = 0;
 	void *bad = NULL;
 	struct machine m;
 	int err = 0;
