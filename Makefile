@@ -33,7 +33,7 @@ static: ## check the Linux series with sparse, coccinelle, checkpatch, W=1, and 
 	@lab/static
 prefixes: ## build each prefix of both series, of Linux with W=1, and boot those that change the kernel; takes two hours
 	@lab/prefixes
-plant: ## plant bugs in KVM, and see how long the stress test takes to find each
+plant: ## plant bugs in KVM, one for each rule among them, and see how long a test takes to find each
 	@lab/plant
 deb: ## build installable packages of the kernel and QEMU in build/deb, and try them in a fresh Debian 13; takes one to two hours
 	@lab/deb
